@@ -1,0 +1,758 @@
+#!/usr/bin/python3
+#
+# tcplife  Trace the lifespan of TCP sessions and summarize.
+#          For Linux, uses bcc, eBPF.
+#
+# usage: tcplife [-h] [-T] [-t] [-w] [-s] [-p PID] [-L LOCALPORT] [-D REMOTEPORT] [-4 | -6] [--json] [--netns NETNS]
+#                [--duration SECONDS] [--owner {accept,close}] [--probes {tracepoint,kprobe}]
+#
+# One line a finished session: the process that owns the socket, addresses, ports, bytes each way, milliseconds. Both
+# ends are shown when both are on this machine, and so is a connect that failed.
+#
+# Traces the sock:inet_sock_set_state tracepoint (tcp_set_state() before Linux 4.17), tcp:tcp_destroy_sock and accept().
+# No packet is looked at. The owner of a session is the process that called connect() or accept(); most state changes run
+# in softirq, in the context of whichever process was interrupted, so the current process means nothing there.
+#
+# CAVEATS: sessions that began before the tool are not shown. A kernel without kprobes shows accept() by the exit of the
+# system call, which does not cover io_uring and 32-bit programs: there the process that closes is taken as the owner.
+
+import argparse
+import contextlib
+import csv
+import ctypes
+import fcntl
+import functools
+import io
+import json
+import math
+import mmap
+import os
+import re
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+
+examples = """examples:
+  ./tcplife              # trace all TCP sessions
+  ./tcplife -T           # include time column (HH:MM:SS)
+  ./tcplife -w           # wider columns (fit IPv6)
+  ./tcplife -stT         # csv output, with times & timestamps
+  ./tcplife -p 181       # only trace PID 181
+  ./tcplife -L 80        # only trace local port 80
+  ./tcplife -L 80,81     # only trace local ports 80 and 81
+  ./tcplife -D 80        # only trace remote port 80
+  ./tcplife -6 --json    # IPv6 only, one JSON object a line
+  ./tcplife --netns web  # only trace the network namespace web
+"""
+
+KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "files_struct", "fdtable", "file", "socket"]
+MAX_SESSIONS = 1 << 18          # live sockets; 23 MB of kernel memory
+MAX_UNCLAIMED = 1 << 14         # sessions that ended before accept() returned them
+RING_PAGES = 1024               # 4 MiB: 40,000 sessions, more than half a second of the fastest load measured
+PERF_PAGES = 256                # a CPU, where there is no ring buffer
+INTERVAL = 0.1                  # seconds between two looks at the ring buffer
+V4MAPPED = bytes(10) + b"\xff\xff"
+
+bpf_text = r"""
+#include <linux/fdtable.h>
+#include <linux/net.h>
+#include <linux/tcp.h>
+#include <net/net_namespace.h>
+#include <net/sock.h>
+
+struct session {
+    u64 born;
+    u32 pid;                    /* 0: nobody has accepted it yet */
+    char comm[TASK_COMM_LEN];
+};
+
+struct event {
+    u64 born, died;             /* bpf_ktime_get_ns() */
+    u64 tx, rx;
+    u32 pid, netns;
+    u32 laddr[4], raddr[4];     /* IPv4 as ::ffff:a.b.c.d */
+    u16 lport, rport;
+    u32 pad;
+    char comm[TASK_COMM_LEN];
+};
+
+enum { LOST_EVENT, LOST_SESSION, LOST_COUNTERS };
+
+BPF_HASH(sessions, struct sock *, struct session, MAX_SESSIONS);
+BPF_HASH(unclaimed, struct sock *, struct event, MAX_UNCLAIMED);  /* finished before anybody accepted them */
+BPF_ARRAY(lost, u64, LOST_COUNTERS);
+#ifdef RING_PAGES
+BPF_RINGBUF_OUTPUT(events, RING_PAGES);
+#else
+BPF_PERF_OUTPUT(events);
+#endif
+
+static inline void count_lost(int what)
+{
+    u64 *n = lost.lookup(&what);
+
+    if (n)
+        __sync_fetch_and_add(n, 1);
+}
+
+static inline u32 netns_of(struct sock *sk)
+{
+    struct net *net = NULL;
+    u32 inum = 0;
+
+    bpf_probe_read_kernel(&net, sizeof(net), &sk->__sk_common.skc_net.net);
+    bpf_probe_read_kernel(&inum, sizeof(inum), &net->ns.inum);
+    return inum;
+}
+
+static inline void read_endpoints(struct event *e, struct sock *sk)
+{
+    struct sock_common c;
+
+    bpf_probe_read_kernel(&c, sizeof(c), &sk->__sk_common);
+    if (c.skc_family == AF_INET) {
+        e->laddr[2] = e->raddr[2] = htonl(0xffff);
+        e->laddr[3] = c.skc_rcv_saddr;
+        e->raddr[3] = c.skc_daddr;
+    } else {
+        __builtin_memcpy(e->laddr, &c.skc_v6_rcv_saddr, sizeof(e->laddr));
+        __builtin_memcpy(e->raddr, &c.skc_v6_daddr, sizeof(e->raddr));
+    }
+    /* skc_num is 0 once the socket has left the port's hash table, which is before CLOSE. inet_sport stays. */
+    bpf_probe_read_kernel(&e->lport, sizeof(e->lport), &((struct inet_sock *)sk)->inet_sport);
+    e->lport = ntohs(e->lport);
+    e->rport = ntohs(c.skc_dport);
+}
+
+/* An active socket has no local port yet when it is born: that one is looked at again in the end. */
+static inline bool is_wanted(struct event *e, struct sock *sk)
+{
+    bool ipv4 = !e->raddr[0] && !e->raddr[1] && e->raddr[2] == htonl(0xffff);
+
+    return (!FILTER_IPV4 || ipv4) && (!FILTER_IPV6 || !ipv4) && IS_WANTED_RPORT(e->rport) &&
+           (!e->lport || IS_WANTED_LPORT(e->lport)) && (!FILTER_NETNS || netns_of(sk) == FILTER_NETNS);
+}
+
+static inline bool is_tcp(struct sock *sk)
+{
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(5, 6, 0)
+    u16 protocol = 0;
+
+    /* MPTCP's own sockets and SCTP report their states here too; MPTCP's subflows are TCP. */
+    bpf_probe_read_kernel(&protocol, sizeof(protocol), &sk->sk_protocol);
+    return protocol == IPPROTO_TCP;
+#else
+    return true;                /* a bit field, and MPTCP came later */
+#endif
+}
+
+static inline void emit(void *ctx, struct event *e)
+{
+    if (FILTER_PID && e->pid != FILTER_PID)
+        return;
+#ifdef RING_PAGES
+    /* Nobody is woken: the reader comes by itself. */
+    if (events.ringbuf_output(e, sizeof(*e), BPF_RB_NO_WAKEUP))
+        count_lost(LOST_EVENT);
+#else
+    if (events.perf_submit(ctx, e, sizeof(*e)))
+        count_lost(LOST_EVENT);
+#endif
+}
+
+/* Only where the current process is known to be the one that uses the socket. */
+static inline void own(struct session *s)
+{
+    bpf_get_current_comm(&s->comm, sizeof(s->comm));
+    s->pid = bpf_get_current_pid_tgid() >> 32;
+}
+
+static inline void birth(struct sock *sk, bool active)
+{
+    struct session s = {.born = bpf_ktime_get_ns()};
+    int err;
+
+    if (!is_tcp(sk))
+        return;
+    if (FILTERS) {
+        struct event e = {};
+
+        read_endpoints(&e, sk);
+        if (!is_wanted(&e, sk))
+            return;
+    }
+    if (active)
+        own(&s);
+    err = sessions.insert(&sk, &s);
+    if (err && err != -EEXIST)  /* exists: both ends called connect(), or accept() saw it first (TCP Fast Open) */
+        count_lost(LOST_SESSION);
+}
+
+/* FIN_WAIT1 and LAST_ACK are entered in close(), shutdown() and exit only, so by the owner. */
+static inline void closing(struct sock *sk)
+{
+    struct session *s = sessions.lookup(&sk);
+
+    if (s && !s->pid)
+        own(s);
+}
+
+static inline void death(void *ctx, struct sock *sk)
+{
+    struct session *s = sessions.lookup(&sk);
+    struct event e = {};
+
+    if (!s)
+        return;
+    e.born = s->born;
+    e.died = bpf_ktime_get_ns();
+    e.pid = s->pid;
+    __builtin_memcpy(e.comm, s->comm, sizeof(e.comm));
+    sessions.delete(&sk);
+    read_endpoints(&e, sk);
+    if (FILTERS && !is_wanted(&e, sk))
+        return;
+    e.netns = netns_of(sk);
+    bpf_probe_read_kernel(&e.tx, sizeof(e.tx), &((struct tcp_sock *)sk)->bytes_acked);
+    bpf_probe_read_kernel(&e.rx, sizeof(e.rx), &((struct tcp_sock *)sk)->bytes_received);
+    if (e.pid)
+        emit(ctx, &e);
+    else if (unclaimed.update(&sk, &e))
+        count_lost(LOST_SESSION);
+}
+
+/* A session that the peer ended before accept() returned it is printed once somebody shows that it is his. */
+static inline void claim(void *ctx, struct sock *sk)
+{
+    struct event *held = unclaimed.lookup(&sk), e;
+    struct session s;
+
+    if (!held)
+        return;
+    e = *held;
+    if (unclaimed.delete(&sk))  /* somebody else was faster */
+        return;
+    own(&s);
+    e.pid = s.pid;
+    __builtin_memcpy(e.comm, s.comm, sizeof(e.comm));
+    emit(ctx, &e);
+}
+
+static inline void accepted(void *ctx, struct sock *sk)
+{
+    struct session *s = sessions.lookup(&sk);
+    u8 state = 0;
+
+    if (!s) {
+        /* TCP Fast Open: accept() returns a socket that is not ESTABLISHED yet. */
+        bpf_probe_read_kernel(&state, sizeof(state), (void *)&sk->__sk_common.skc_state);
+        if (state == TCP_SYN_RECV)
+            birth(sk, true);
+        else
+            claim(ctx, sk);
+    } else if (!s->pid) {
+        own(s);
+    }
+}
+
+static inline void state_change(void *ctx, struct sock *sk, int oldstate, int newstate)
+{
+    if (newstate == TCP_SYN_SENT)
+        birth(sk, true);
+    else if (newstate == TCP_ESTABLISHED && oldstate == TCP_SYN_RECV)
+        birth(sk, false);
+    else if (newstate == TCP_FIN_WAIT1 || newstate == TCP_LAST_ACK)
+        closing(sk);
+    else if (newstate == TCP_CLOSE)
+        death(ctx, sk);
+}
+
+#ifdef KPROBE_STATE
+int kprobe_set_state(struct pt_regs *ctx, struct sock *sk, int state)
+{
+    u8 oldstate = 0;
+
+    bpf_probe_read_kernel(&oldstate, sizeof(oldstate), (void *)&sk->__sk_common.skc_state);
+    state_change(ctx, sk, oldstate, state);
+    return 0;
+}
+
+int kprobe_destroy(struct pt_regs *ctx, struct sock *sk)
+{
+    claim(ctx, sk);
+    return 0;
+}
+#else
+int tracepoint_set_state(struct bpf_raw_tracepoint_args *ctx)
+{
+    state_change(ctx, (struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
+    return 0;
+}
+
+/* A socket that is in CLOSE already is destroyed in close(), and one that waits for accept() in the listener's close(). */
+int tracepoint_destroy(struct bpf_raw_tracepoint_args *ctx)
+{
+    claim(ctx, (struct sock *)ctx->args[0]);
+    return 0;
+}
+#endif
+
+#ifdef KPROBE_ACCEPT
+/* Called in accept() with the new socket, by io_uring too. Not a return probe: those run out when many threads wait. */
+int kprobe_accept(struct pt_regs *ctx, struct sock *sk)
+{
+    accepted(ctx, sk);
+    return 0;
+}
+
+int kretprobe_accept(struct pt_regs *ctx)
+{
+    struct sock *sk = (struct sock *)PT_REGS_RC(ctx);
+
+    if (sk)
+        accepted(ctx, sk);
+    return 0;
+}
+#else
+struct syscall_exit {
+    u64 common;
+    long nr, ret;
+};
+
+int tracepoint_accept(struct syscall_exit *ctx)
+{
+    struct task_struct *task = (struct task_struct *)bpf_get_current_task();
+    struct files_struct *files = NULL;
+    struct fdtable *fdt = NULL;
+    struct file **fds = NULL, *file = NULL;
+    struct socket *socket = NULL;
+    struct sock *sk = NULL;
+
+    if (ctx->ret < 0)
+        return 0;
+    bpf_probe_read_kernel(&files, sizeof(files), &task->files);
+    bpf_probe_read_kernel(&fdt, sizeof(fdt), &files->fdt);
+    bpf_probe_read_kernel(&fds, sizeof(fds), &fdt->fd);
+    bpf_probe_read_kernel(&file, sizeof(file), &fds[ctx->ret]);
+    bpf_probe_read_kernel(&socket, sizeof(socket), &file->private_data);
+    bpf_probe_read_kernel(&sk, sizeof(sk), &socket->sk);
+    if (sk)
+        accepted(ctx, sk);
+    return 0;
+}
+#endif
+"""
+
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+PROGRAM = "tcplife"
+
+# One record of the ring: the kernel's 8-byte header (length and flags, page offset), then struct event.
+RECORD = struct.Struct("=IIQQQQII16s16sHHI16s")
+
+
+# arguments
+
+def pid(text):
+    if not re.fullmatch("[0-9]{1,7}", text, re.ASCII) or not 0 < int(text) <= 1 << 22:
+        raise argparse.ArgumentTypeError("not a process ID: %r" % text)
+    return int(text)
+
+
+def ports(text):
+    """Comma-separated port numbers as a list of int."""
+    numbers = text.split(",")
+    if not all(re.fullmatch("[0-9]{1,5}", n, re.ASCII) and 0 < int(n) < 65536 for n in numbers):
+        raise argparse.ArgumentTypeError("not a comma-separated list of ports: %r" % text)
+    return [int(n) for n in numbers]
+
+
+def seconds(text):
+    if not re.fullmatch("[0-9]{1,9}([.][0-9]{1,9})?", text, re.ASCII) or float(text) == 0:
+        raise argparse.ArgumentTypeError("not a number of seconds: %r" % text)
+    return float(text)
+
+
+def netns(text):
+    """Inode number of a network namespace, given as such, as a path or as a name that ip netns knows."""
+    if re.fullmatch("[0-9]{1,10}", text, re.ASCII) and 0 < int(text) < 1 << 32:
+        return int(text)
+    ns_get_nstype, clone_newnet = 0xb703, 0x40000000        # include/uapi/linux/nsfs.h, sched.h
+    try:
+        with open(text if "/" in text else os.path.join("/run/netns", text), "rb") as namespace:
+            if fcntl.ioctl(namespace, ns_get_nstype) == clone_newnet:
+                return os.fstat(namespace.fileno()).st_ino
+    except (OSError, ValueError):
+        pass
+    raise argparse.ArgumentTypeError("not a network namespace: %r" % text)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description="Trace the lifespan of TCP sessions and summarize",
+        formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)
+    family, form = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
+    parser.add_argument("-T", "--time", action="store_true", help="include time column on output (HH:MM:SS)")
+    parser.add_argument("-t", "--timestamp", action="store_true", help="include timestamp on output (seconds)")
+    form.add_argument("-w", "--wide", action="store_true", help="wide column output (fits IPv6 addresses)")
+    form.add_argument("-s", "--csv", action="store_true", help="comma separated values output")
+    parser.add_argument("-p", "--pid", type=pid, help="trace this PID only")
+    parser.add_argument("-L", "--localport", type=ports, help="comma-separated list of local ports to trace.")
+    parser.add_argument("-D", "--remoteport", type=ports, help="comma-separated list of remote ports to trace.")
+    family.add_argument("-4", "--ipv4", action="store_true", help="trace IPv4 only")
+    family.add_argument("-6", "--ipv6", action="store_true", help="trace IPv6 only")
+    form.add_argument("--json", action="store_true", help="one JSON object a line: exact bytes and times")
+    parser.add_argument("--netns", type=netns, help="trace this network namespace only: inode number, path or name")
+    parser.add_argument("--duration", metavar="SECONDS", type=seconds, help="end after this time")
+    parser.add_argument("--owner", choices=("accept", "close"), default="accept",
+                        help="who owns a session that came in: the process that accepted it (default), or the one "
+                             "that closed it, which spares the probe on accept()")
+    parser.add_argument("--probes", choices=("tracepoint", "kprobe"),
+                        help="use this kind of probe only (default: tracepoints, and kprobes for what has none)")
+    return parser.parse_args(argv)
+
+
+# loading
+
+def die(message):
+    sys.exit("%s: %s" % (PROGRAM, message))
+
+
+def kernel_version():
+    return tuple(int(n) for n in re.findall("[0-9]+", os.uname().release)[:2])
+
+
+def has_ring_buffer():
+    return kernel_version() >= (5, 8)
+
+
+def has_raw_tracepoint():
+    """Raw tracepoints came with 4.17, one release after sock:inet_sock_set_state."""
+    return kernel_version() >= (4, 17)
+
+
+def has_kprobes():
+    return (os.path.exists("/sys/bus/event_source/devices/kprobe") or
+            os.path.exists("/sys/kernel/debug/tracing/kprobe_events"))
+
+
+def may_trace():
+    """Whether the capabilities suffice: CAP_SYS_ADMIN (21), or CAP_PERFMON (38) and CAP_BPF (39) since Linux 5.8."""
+    with open("/proc/self/status") as status:
+        caps = int(re.search("CapEff:\\s*([0-9a-f]+)", status.read()).group(1), 16)
+    return bool(caps >> 21 & 1) or caps >> 38 & 3 == 3
+
+
+def import_bcc():
+    try:
+        import bcc
+    except (ImportError, OSError):
+        for python in ("/usr/bin/python3", "/usr/local/bin/python3", "/usr/libexec/platform-python"):
+            if os.path.exists(python) and subprocess.run([python, "-c", "import bcc"], stderr=subprocess.DEVNULL).returncode == 0:
+                die("%s has no bcc module, but %s has: start it with that one" % (sys.executable, python))
+        die("the bcc module for Python is not installed: install python3-bpfcc (Debian, Ubuntu), "
+            "python3-bcc (Fedora, RHEL) or python-bcc (Arch)")
+    return bcc
+
+
+def has_kernel_headers():
+    modules = os.path.join("/lib/modules", os.uname().release)
+    return "BCC_KERNEL_SOURCE" in os.environ or any(os.path.exists(path) for path in (
+        os.path.join(modules, "build"), os.path.join(modules, "source"), "/sys/kernel/kheaders.tar.xz"))
+
+
+@contextlib.contextmanager
+def kernel_types():
+    """While this context lasts, bcc finds the kernel's types: in its BTF, or else in the installed headers."""
+    with contextlib.ExitStack() as stack:
+        try:
+            sys.dont_write_bytecode = True
+            from btfheaders import kernel_source
+            stack.enter_context(kernel_source(KERNEL_TYPES))
+        except (ImportError, OSError) as error:
+            if not has_kernel_headers():
+                die("no kernel types (%s): install linux-headers-%s (Debian, Ubuntu) or kernel-devel (Fedora, RHEL)"
+                    % (error, os.uname().release))
+        yield
+
+
+@contextlib.contextmanager
+def held_stderr():
+    """libbcc explains itself on stderr, at length: hold that back and give its last words to the exception."""
+    saved, held = os.dup(2), os.memfd_create("stderr")
+    os.dup2(held, 2)
+    try:
+        yield
+    except Exception as error:
+        os.lseek(held, 0, os.SEEK_SET)
+        words = os.read(held, 1 << 20).decode(errors="replace").split("\n")
+        said = [line.strip() for line in words if re.search("error|fail|denied|not permitted", line, re.IGNORECASE)]
+        raise RuntimeError(": ".join([str(error)] + said[:1])) from error
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(held)
+
+
+def mount_debugfs():
+    """bcc looks tracepoints up there."""
+    if not os.path.isdir("/sys/kernel/debug/tracing/events"):
+        subprocess.run(["mount", "-t", "debugfs", "debugfs", "/sys/kernel/debug"], stderr=subprocess.DEVNULL)
+
+
+def any_of(numbers):
+    """C expression that is true for a port among these, for all ports if there are none."""
+    return " || ".join("(port) == %d" % n for n in numbers) if numbers else "true"
+
+
+def cflags(args):
+    """The arguments as macros of the C text; only numbers get there."""
+    macros = {
+        "MAX_SESSIONS": MAX_SESSIONS,
+        "MAX_UNCLAIMED": MAX_UNCLAIMED,
+        "FILTERS": int(bool(args.ipv4 or args.ipv6 or args.netns or args.localport or args.remoteport)),
+        "FILTER_PID": args.pid or 0,
+        "FILTER_NETNS": args.netns or 0,
+        "FILTER_IPV4": int(args.ipv4),
+        "FILTER_IPV6": int(args.ipv6),
+        "IS_WANTED_LPORT(port)": any_of(args.localport),
+        "IS_WANTED_RPORT(port)": any_of(args.remoteport),
+    }
+    if has_ring_buffer():
+        macros["RING_PAGES"] = RING_PAGES
+    return ["-D%s=(%s)" % item for item in macros.items()]
+
+
+def attach(bpf, args):
+    if args.probes == "kprobe" or not has_raw_tracepoint():
+        bpf.attach_kprobe(event="tcp_set_state", fn_name="kprobe_set_state")
+        bpf.attach_kprobe(event="tcp_v4_destroy_sock", fn_name="kprobe_destroy")
+    else:
+        bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name="tracepoint_set_state")
+        bpf.attach_raw_tracepoint(tp="tcp_destroy_sock", fn_name="tracepoint_destroy")
+    if args.owner == "close":
+        return
+    if args.probes != "tracepoint" and has_kprobes():
+        try:
+            bpf.attach_kprobe(event="security_sock_graft", fn_name="kprobe_accept")
+        except Exception:       # a kernel without CONFIG_SECURITY_NETWORK
+            bpf.attach_kretprobe(event="inet_csk_accept", fn_name="kretprobe_accept")
+    else:
+        mount_debugfs()
+        bpf.attach_tracepoint(tp="syscalls:sys_exit_accept4", fn_name="tracepoint_accept")
+        bpf.attach_tracepoint(tp="syscalls:sys_exit_accept", fn_name="tracepoint_accept")
+
+
+def load(args):
+    """Compile, load and attach; the BPF object."""
+    if not may_trace():
+        die("needs root, or the capabilities CAP_BPF and CAP_PERFMON")
+    bcc = import_bcc()
+    try:
+        with kernel_types(), held_stderr():
+            bpf = bcc.BPF(text=bpf_text, cflags=cflags(args))
+            attach(bpf, args)
+    except Exception as error:
+        die("cannot trace: %s" % error)
+    return bpf
+
+
+# reading
+
+def open_ring(bpf):
+    """A function that returns what the ring holds, as a list of tuples in the form of RECORD.
+
+    bcc's own reader calls back into Python once an event. The layout of the ring is the kernel's ABI
+    (Documentation/bpf/ringbuf.rst): a page with the consumer's position, one with the producer's, and the data, mapped
+    twice in a row so that no record is ever split.
+    """
+    page, size = mmap.PAGESIZE, RING_PAGES * mmap.PAGESIZE
+    consumer = mmap.mmap(bpf["events"].map_fd, page)
+    ring = memoryview(mmap.mmap(bpf["events"].map_fd, page + 2 * size, prot=mmap.PROT_READ, offset=page))
+    position, produced, data = ctypes.c_ulong.from_buffer(consumer), ring[:8].cast("L"), ring[page:]
+
+    def read():
+        start = position.value & size - 1
+        records = list(RECORD.iter_unpack(data[start:start + produced[0] - position.value]))
+        for n, record in enumerate(records):
+            if record[0] != RECORD.size - 8:        # another CPU is still writing this one
+                del records[n:]
+                break
+        position.value += len(records) * RECORD.size
+        return records
+    return read
+
+
+def open_perf(bpf):
+    """The same from a perf buffer, for kernels before 5.8."""
+    records, header = [], bytes(8)
+
+    def on_event(_cpu, data, _size):
+        records.append(RECORD.unpack(header + ctypes.string_at(data, RECORD.size - 8)))
+
+    # What does not fit is counted by the probe, whose perf_submit() fails.
+    bpf["events"].open_perf_buffer(on_event, page_cnt=PERF_PAGES, lost_cb=lambda count: None)
+
+    def read():
+        records.clear()
+        bpf.perf_buffer_poll(0)
+        return records
+    return read
+
+
+def unclaimed(bpf):
+    """Sessions that are over but that nobody has accepted so far: their owner is not known."""
+    return sorted((RECORD.unpack(bytes(8) + bytes(event)) for event in bpf["unclaimed"].values()),
+                  key=lambda record: record[3])
+
+
+def losses(bpf):
+    """How often each kind of loss has happened since the start, as {what: count}."""
+    missed = 0
+    for function in bpf.funcs.values():
+        with open("/proc/self/fdinfo/%d" % function.fd) as info:        # the line exists since Linux 5.12
+            missed += sum(int(n) for n in re.findall("recursion_misses:\\s*([0-9]+)", info.read()))
+    return {"sessions lost: the ring buffer was full": bpf["lost"][0].value,
+            "sessions lost: the map of live sessions was full": bpf["lost"][1].value,
+            "state changes lost: they interrupted another one": missed}
+
+
+# output
+
+@functools.lru_cache(maxsize=4096)
+def address(packed):
+    """Text of 16 bytes; IPv4 is ::ffff:a.b.c.d in them and a.b.c.d in the text."""
+    if packed.startswith(V4MAPPED):
+        return socket.inet_ntop(socket.AF_INET, packed[12:])
+    return socket.inet_ntop(socket.AF_INET6, packed)
+
+
+@functools.lru_cache(maxsize=4096)
+def printable(comm):
+    """Any user may put any bytes into comm: all but printable ASCII is shown as \\xNN, and a backslash as two."""
+    return comm.partition(b"\0")[0].decode("latin-1").encode("unicode_escape").decode("ascii")
+
+
+@functools.lru_cache(maxsize=16)
+def clock(second):
+    return time.strftime("%H:%M:%S", time.localtime(second))
+
+
+def column_names(args):
+    names = ["PID", "COMM", "LADDR", "LPORT", "RADDR", "RPORT", "TX_KB", "RX_KB", "MS"]
+    if args.wide or args.csv:
+        names.insert(2, "IP")
+    return ["TIME"] * args.time + ["TIME(s)"] * args.timestamp + names
+
+
+def columns(args, record, began, wall):
+    """The values for column_names(). began: when tracing began, wall: what makes Unix time of the kernel's, both ns."""
+    _, _, born, died, tx, rx, pid, _, laddr, raddr, lport, rport, _, comm = record
+    laddr, raddr = address(laddr), address(raddr)
+    row = pid, printable(comm), laddr, lport, raddr, rport, tx >> 10, rx >> 10, "%.2f" % ((died - born) / 1e6)
+    if args.wide or args.csv:
+        row = row[:2] + (6 if ":" in raddr else 4,) + row[2:]
+    if args.timestamp:
+        row = ("%.3f" % (max(0, died - began) / 1e9),) + row
+    if args.time:
+        row = (clock((died + wall) // 10 ** 9),) + row
+    return row
+
+
+def json_object(record, wall):
+    _, _, born, died, tx, rx, pid, netns, laddr, raddr, lport, rport, _, comm = record
+    laddr, raddr = address(laddr), address(raddr)
+    return {"ts": (died + wall) / 1e9, "pid": pid or None,
+            "comm": comm.partition(b"\0")[0].decode(errors="surrogateescape") if pid else None,
+            "ip": 6 if ":" in raddr else 4, "laddr": laddr, "lport": lport, "raddr": raddr, "rport": rport,
+            "tx_bytes": tx, "rx_bytes": rx, "ms": (died - born) / 1e6, "netns": netns}
+
+
+def form_of(args):
+    """The format of a line of text."""
+    if args.wide:
+        form = "%-7s %-16s %-2s %-39s %-5s %-39s %-5s %5s %5s %s\n"
+    else:
+        form = "%-5s %-10.10s %-15s %-5s %-15s %-5s %5s %5s %s\n"
+    return args.time * "%-8s " + args.timestamp * "%-9s " + form
+
+
+def render(args, records, began):
+    """Whole lines for these records."""
+    wall = time.time_ns() - time.monotonic_ns()     # each time anew: the clock may be set meanwhile
+    if args.json:
+        return "".join([json.dumps(json_object(record, wall)) + "\n" for record in records])
+    rows = [columns(args, record, began, wall) for record in records]
+    if args.csv:
+        return csv_lines(rows)
+    form = form_of(args)
+    return "".join([form % row for row in rows])
+
+
+def csv_lines(rows):
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def write(text):
+    """Print all of it now. A reader that stands still can be left with Ctrl-C."""
+    data = memoryview(text.encode("ascii"))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    try:
+        while data:
+            data = data[os.write(1, data):]
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+def report(now, before):
+    """Tell on stderr what has been lost since before; now."""
+    for what, count in now.items():
+        if count > before.get(what, 0):
+            print("%s: %d %s" % (PROGRAM, count - before.get(what, 0), what), file=sys.stderr, flush=True)
+    return now
+
+
+def trace(args, bpf):
+    """Print sessions until a signal comes, the time is over or nobody reads any more."""
+    read = open_ring(bpf) if has_ring_buffer() else open_perf(bpf)
+    began, lost = time.monotonic_ns(), {}
+    end = began + args.duration * 1e9 if args.duration else math.inf
+    if args.csv:
+        write(csv_lines([column_names(args)]))
+    elif not args.json:
+        write(form_of(args) % tuple(column_names(args)))
+    hangup = select.poll()
+    hangup.register(1, 0)
+    stop = False
+    while not stop:
+        rest = max(0, min(INTERVAL, (end - time.monotonic_ns()) / 1e9))
+        stop = signal.sigtimedwait(STOP_SIGNALS, rest) or time.monotonic_ns() >= end or hangup.poll(0)
+        records = read() + (unclaimed(bpf) if stop else [])
+        if records:
+            write(render(args, records, began))
+            lost = report(losses(bpf), lost)
+    report(losses(bpf), {})
+
+
+def main():
+    # Blocked from here on: nothing is interrupted half done, and the wait in trace() takes them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.default_int_handler)
+    args = parse_args()
+    bpf = load(args)
+    try:
+        trace(args, bpf)
+    except (BrokenPipeError, KeyboardInterrupt):
+        pass
+    except OSError as error:
+        die("cannot write the output: %s" % error.strerror)
+
+
+if __name__ == "__main__":
+    main()
