@@ -80,7 +80,7 @@ struct event {
     char comm[TASK_COMM_LEN];
 };
 
-enum { LOST_EVENT, LOST_SESSION, LOST_COUNTERS };
+enum { LOST_EVENT, LOST_SESSION, LOST_END, LOST_COUNTERS };
 
 BPF_HASH(sessions, struct sock *, struct session, MAX_SESSIONS);
 BPF_HASH(unclaimed, struct sock *, struct event, MAX_UNCLAIMED);  /* finished before anybody accepted them */
@@ -192,6 +192,13 @@ static inline void birth(struct sock *sk, bool active)
         count_lost(LOST_SESSION);
 }
 
+/* A socket that only now begins: what is known of it belongs to one whose end was not seen. */
+static inline void forget(struct sock *sk)
+{
+    if (!sessions.delete(&sk) || !unclaimed.delete(&sk))
+        count_lost(LOST_END);
+}
+
 /* FIN_WAIT1 and LAST_ACK are entered in close(), shutdown() and exit only, so by the owner. */
 static inline void closing(struct sock *sk)
 {
@@ -261,6 +268,8 @@ static inline void accepted(void *ctx, struct sock *sk)
 
 static inline void state_change(void *ctx, struct sock *sk, int oldstate, int newstate)
 {
+    if (oldstate == TCP_CLOSE || oldstate == TCP_LISTEN)
+        forget(sk);
     if (newstate == TCP_SYN_SENT)
         birth(sk, true);
     else if (newstate == TCP_ESTABLISHED && oldstate == TCP_SYN_RECV)
@@ -617,6 +626,7 @@ def losses(bpf):
             missed += sum(int(n) for n in re.findall("recursion_misses:\\s*([0-9]+)", info.read()))
     return {"sessions lost: the ring buffer was full": bpf["lost"][0].value,
             "sessions lost: the map of live sessions was full": bpf["lost"][1].value,
+            "sessions lost: their end was not seen": bpf["lost"][2].value,
             "state changes lost: they interrupted another one": missed}
 
 

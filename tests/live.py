@@ -1,0 +1,149 @@
+"""Start a tool on the real kernel, and stop it: what the live tests share."""
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+PYTHON = os.environ.get("PYTHON", "/usr/bin/python3")
+SIGTIMEDWAIT = {"x86_64": 128, "aarch64": 137}[os.uname().machine]
+MAY_TRACE = os.geteuid() == 0 and os.path.exists("/sys/kernel/btf/vmlinux")
+WHY_NOT = "needs root and a kernel with BTF"
+START = 30              # seconds a tool may take until it traces, on an emulated machine
+
+
+class Tracer:
+    """A tool that is tracing from the moment the context is entered. Afterwards: lines, stderr and status."""
+
+    def __init__(self, tool, *args, check=True):
+        self.command = [PYTHON, str(ROOT / (tool + ".py")), *map(str, args)]
+        self.check = check
+
+    def __enter__(self):
+        self.out, self.err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(self.command, stdout=self.out, stderr=self.err)
+        give_up = time.monotonic() + START
+        while not self.is_tracing():
+            if self.process.poll() is not None or time.monotonic() > give_up:
+                self.stop()
+                raise AssertionError("%s does not trace: %s" % (self.command, self.stderr))
+            time.sleep(0.02)
+        return self
+
+    def is_tracing(self):
+        """In its main loop a tool waits for a signal, and nowhere else."""
+        try:
+            with open("/proc/%d/syscall" % self.process.pid) as syscall:
+                return syscall.read().split()[0] == str(SIGTIMEDWAIT)
+        except (OSError, IndexError):
+            return False
+
+    def stop(self, number=signal.SIGINT):
+        self.process.send_signal(number)
+        self.status = self.process.wait(START)
+        for name, file in (("stdout", self.out), ("stderr", self.err)):
+            file.seek(0)
+            setattr(self, name, file.read())
+            file.close()
+
+    def __exit__(self, kind, *_):
+        time.sleep(0.05)        # what the kernel does after the last close() of the workload
+        self.stop()
+        if self.check and kind is None:
+            assert self.status == 0, (self.command, self.status, self.stderr)
+            assert self.stderr == "", self.stderr
+
+    @property
+    def lines(self):
+        return self.stdout.splitlines()
+
+    @property
+    def objects(self):
+        return [json.loads(line) for line in self.lines]
+
+
+class Unseen:
+    """How many state changes the kernel traced, but did not show to the tool's BPF program, while the context lasted.
+
+    There are kernels that run no BPF program while certain tasks of theirs are current (seen on a 6.18 micro-VM: its own
+    agent). A state change that a timer makes then is visible in ftrace only. Elsewhere count is 0.
+    """
+
+    instance = "/sys/kernel/tracing/instances/tcp-tracers-test"
+
+    def __init__(self, tracer):
+        self.tracer, self.count = tracer, 0
+
+    def write(self, name, text):
+        with open(os.path.join(self.instance, name), "w") as file:
+            file.write(text)
+
+    def runs(self):
+        """How often the busiest of the tool's raw tracepoint programs has run; None if it has none."""
+        runs = []
+        for path in pathlib.Path("/proc/%d/fdinfo" % self.tracer.process.pid).iterdir():
+            info = dict(line.split(":\t", 1) for line in path.read_text().splitlines() if ":\t" in line)
+            if info.get("prog_type") == "17":           # BPF_PROG_TYPE_RAW_TRACEPOINT
+                runs.append(int(info.get("run_cnt", 0)))
+        return max(runs) if runs else None
+
+    def __enter__(self):
+        subprocess.run(["sysctl", "-q", "kernel.bpf_stats_enabled=1"], check=True)
+        if not os.path.isdir("/sys/kernel/tracing/events"):
+            subprocess.run(["mount", "-t", "tracefs", "tracefs", "/sys/kernel/tracing"], check=True)
+        os.makedirs(self.instance, exist_ok=True)
+        self.write("buffer_size_kb", "16384")
+        self.write("trace", "\n")
+        self.before = self.runs()
+        self.write("events/sock/inet_sock_set_state/enable", "1")
+        return self
+
+    def __exit__(self, *_):
+        time.sleep(0.05)
+        self.write("events/sock/inet_sock_set_state/enable", "0")
+        after = self.runs()
+        with open(os.path.join(self.instance, "trace")) as trace:
+            traced = sum(" inet_sock_set_state: " in line for line in trace)
+        os.rmdir(self.instance)
+        subprocess.run(["sysctl", "-q", "kernel.bpf_stats_enabled=0"], check=True)
+        if after is not None:
+            self.count = max(0, traced - (after - self.before))
+
+
+class Namespaces:
+    """Two network namespaces with a veth pair between them; names and the server's addresses."""
+
+    client, server = "tcpt-client", "tcpt-server"
+    hosts = "10.77.0.2", "fd77::2"
+
+    def __enter__(self):
+        self.__exit__()
+        for command in (
+                "netns add %s" % self.client, "netns add %s" % self.server,
+                "-n %s link add veth0 type veth peer name veth0 netns %s" % (self.client, self.server),
+                "-n %s addr add 10.77.0.1/24 dev veth0" % self.client,
+                "-n %s addr add 10.77.0.2/24 dev veth0" % self.server,
+                "-n %s addr add fd77::1/64 dev veth0 nodad" % self.client,
+                "-n %s addr add fd77::2/64 dev veth0 nodad" % self.server,
+                "-n %s link set veth0 up" % self.client, "-n %s link set veth0 up" % self.server,
+                "-n %s link set lo up" % self.client, "-n %s link set lo up" % self.server):
+            subprocess.run(["ip"] + command.split(), check=True)
+        return self
+
+    def __exit__(self, *_):
+        for name in (self.client, self.server):
+            subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL)
+
+    @property
+    def where(self):
+        """The arguments of workload.work() for a run between the two."""
+        return {"namespaces": (self.client, self.server), "hosts": self.hosts}
+
+    @staticmethod
+    def inode(name):
+        return os.stat("/run/netns/" + name).st_ino

@@ -1,0 +1,395 @@
+#!/usr/bin/python3
+"""Known TCP sessions by known processes: what a tracer has to say of them.
+
+usage: workload.py [-r ROUNDS] [-n CLIENTNS:SERVERNS:ADDRESS] [SCENARIO ...]
+
+Every client and every server is a process of its own with a name of its own. Each logs what it did; the log is printed as
+one JSON object a session end:
+
+    scenario, role ("client" or "server"), pid, comm, ip (4 or 6), laddr, lport, raddr, rport, sent, received (bytes),
+    netns (inode), born, died (each a pair of CLOCK_MONOTONIC seconds between which it happened), failed (errno name or
+    null, of a connect() that did not succeed)
+
+v4-mapped addresses are logged as IPv4, which is what goes over the wire.
+"""
+import argparse
+import ctypes
+import errno
+import json
+import os
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import threading
+import time
+
+REQUEST, REPLY = 1000, 3000             # bytes
+PAUSE = 0.06                            # seconds: longer than a delayed ACK
+WORKERS = 3
+TIMEOUT = 20                            # seconds after which a scenario that hangs is given up
+
+
+# The families: the address that the server listens on, what the client connects to, and the socket family of each.
+# {0}: the server's IPv4 address, {1}: its IPv6 address.
+FAMILIES = {
+    "v4": (socket.AF_INET, "{0}", socket.AF_INET, "{0}"),
+    "v6": (socket.AF_INET6, "{1}", socket.AF_INET6, "{1}"),
+    "dual": (socket.AF_INET6, "::", socket.AF_INET, "{0}"),
+    "mapped": (socket.AF_INET, "{0}", socket.AF_INET6, "::ffff:{0}"),
+}
+
+
+class Run:
+    """One scenario in one family: where it logs, and whether it is cut to a pair of network namespaces."""
+
+    def __init__(self, log, scenario, family, hosts=("127.0.0.1", "::1"), namespaces=(None, None)):
+        self.log, self.scenario, self.family = log, scenario, family
+        self.server_family, self.listen_on, self.client_family, self.connect_to = (
+            part.format(*hosts) if isinstance(part, str) else part for part in FAMILIES[family])
+        self.client_ns, self.server_ns = namespaces
+
+    def write(self, **record):
+        record = dict(scenario=self.scenario, family=self.family, **record)
+        os.write(self.log, (json.dumps(record) + "\n").encode())
+
+
+def now():
+    return time.monotonic()
+
+
+def set_comm(name):
+    with open("/proc/thread-self/comm", "w") as comm:
+        comm.write(name)
+
+
+def get_comm():
+    with open("/proc/thread-self/comm") as comm:
+        return comm.read().rstrip("\n")
+
+
+def enter(namespace):
+    if namespace:
+        with open("/run/netns/" + namespace) as handle:
+            if ctypes.CDLL(None, use_errno=True).setns(handle.fileno(), 0x40000000):
+                raise OSError(ctypes.get_errno(), "setns")
+
+
+def spawn(name, namespace, work, *args):
+    """Run work(*args) in a new process of this name; its PID."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        signal.alarm(TIMEOUT)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        enter(namespace)
+        set_comm(name)
+        work(*args)
+        status = 0
+    except BaseException as error:      # nothing of the parent may run in the child
+        sys.stderr.write("workload: %s: %r\n" % (name, error))
+        sys.stderr.flush()
+    os._exit(status)
+
+
+def endpoints(sock):
+    """The addresses of a connected socket, IPv4 as such. Raises OSError once the peer has reset."""
+    names = [(name[0][7:] if name[0].startswith("::ffff:") else name[0], name[1])
+             for name in (sock.getsockname(), sock.getpeername())]
+    return {"ip": 6 if ":" in names[1][0] else 4, "laddr": names[0][0], "lport": names[0][1],
+            "raddr": names[1][0], "rport": names[1][1]}
+
+
+def reset(sock):
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def send(sock, count):
+    sock.sendall(b"x" * count)
+    return count
+
+
+def receive(sock, count=None):
+    """Read count bytes, or until the peer has ended; how many came."""
+    total = 0
+    try:
+        while count is None or total < count:
+            data = sock.recv(count - total if count else 65536)
+            if not data:
+                break
+            total += len(data)
+    except ConnectionResetError:
+        pass
+    return total
+
+
+def identity():
+    return {"pid": os.getpid(), "comm": get_comm(), "netns": os.stat("/proc/self/ns/net").st_ino}
+
+
+def finish(run, role, sock, record, action):
+    """End the connection by action(sock) and log it."""
+    began = now()
+    action(sock)
+    run.write(role=role, died=[began, now()], **record)
+
+
+# the two sides
+
+def connect(run, port):
+    """A connected socket and what is known of it so far."""
+    sock = socket.socket(run.client_family, socket.SOCK_STREAM)
+    began = now()
+    sock.connect((run.connect_to, port))
+    return sock, dict(identity(), born=[began, now()], failed=None, sent=0, received=0, **endpoints(sock))
+
+
+def accept(listener):
+    sock, peer = listener.accept()
+    return sock, dict(identity(), failed=None, sent=0, received=0, **endpoints(sock))
+
+
+def client(run, port, ending):
+    """One request, one reply, then the ending: close first or last, reset, shutdown, exit, or wait to be killed."""
+    sock, record = connect(run, port)
+    record["sent"] = send(sock, REQUEST)
+    record["received"] = receive(sock, REPLY)
+    time.sleep(PAUSE)
+    if ending == "half_close":
+        sock.shutdown(socket.SHUT_WR)
+        record["received"] += receive(sock)
+    elif ending not in ("client_close", "client_reset", "client_exit", "client_kill"):
+        receive(sock)
+    if ending == "half_close":
+        # Both have sent their FIN, so the session is over before close().
+        run.write(role="client", died=[now(), now()], **record)
+        sock.close()
+    elif ending == "client_reset":
+        finish(run, "client", sock, record, reset)
+    elif ending in ("client_exit", "client_kill"):
+        run.write(role="client", died=[now(), now() + PAUSE], **record)
+        if ending == "client_kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        os._exit(0)
+    else:
+        finish(run, "client", sock, record, socket.socket.close)
+
+
+def serve(run, listener, ending):
+    """The other side of client()."""
+    sock, record = accept(listener)
+    record["received"] = receive(sock, REQUEST)
+    record["sent"] = send(sock, REPLY)
+    if ending in ("server_close", "server_reset", "server_exit", "server_kill"):
+        time.sleep(2 * PAUSE)
+    else:
+        receive(sock)
+    if ending == "half_close":
+        record["sent"] += send(sock, REPLY)
+        time.sleep(PAUSE)
+    if ending == "server_reset":
+        finish(run, "server", sock, record, reset)
+    elif ending in ("server_exit", "server_kill"):
+        run.write(role="server", died=[now(), now() + PAUSE], **record)
+        if ending == "server_kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        os._exit(0)
+    else:
+        finish(run, "server", sock, record, socket.socket.close)
+
+
+def listen(run):
+    listener = socket.socket(run.server_family, socket.SOCK_STREAM)
+    if run.server_family == socket.AF_INET6:
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    listener.bind((run.listen_on, 0))
+    listener.listen(128)
+    return listener
+
+
+def start_server(run, work, *args):
+    """Fork a process that listens and then runs work(listener, *args); its PID and port."""
+    reader, writer = os.pipe()
+
+    def server():
+        with listen(run) as listener:
+            os.write(writer, b"%d\n" % listener.getsockname()[1])
+            work(listener, *args)
+    pid = spawn("srv-" + run.scenario[:11], run.server_ns, server)
+    os.close(writer)
+    with os.fdopen(reader) as lines:
+        return pid, int(lines.readline())
+
+
+def wait(*pids):
+    for pid in pids:
+        os.waitpid(pid, 0)
+
+
+# the scenarios
+
+def one_to_one(run):
+    """The scenario's name says who ends the connection, and how."""
+    server, port = start_server(run, lambda listener: serve(run, listener, run.scenario))
+    wait(spawn("cli-" + run.scenario[:11], run.client_ns, client, run, port, run.scenario), server)
+
+
+def workers(run):
+    """One process listens, others accept; the client ends first, by close or reset."""
+    ending = run.scenario.replace("workers", "client")
+
+    def master(listener):
+        wait(*[spawn("worker%d" % n, None, serve, run, listener, ending) for n in range(WORKERS)])
+    server, port = start_server(run, master)
+    wait(*[spawn("cli-worker%d" % n, run.client_ns, client, run, port, ending) for n in range(WORKERS)], server)
+
+
+def threads(run):
+    """Several threads of one process on each side, each with a name of its own."""
+    def all_at_once(name, work, *args):
+        def thread(number):
+            set_comm("%s-thread%d" % (name, number))
+            work(run, *args)
+        crowd = [threading.Thread(target=thread, args=(n,)) for n in range(WORKERS)]
+        for one in crowd:
+            one.start()
+        for one in crowd:
+            one.join()
+    server, port = start_server(run, lambda listener: all_at_once("srv", serve, listener, "server_close"))
+    wait(spawn("clients", run.client_ns, all_at_once, "cli", client, port, "server_close"), server)
+
+
+def early(run):
+    """The client is gone, by close or by reset, before the server calls accept()."""
+    reader, writer = os.pipe()
+    addresses, address = os.pipe()
+
+    def visitor(port):
+        sock, record = connect(run, port)
+        record["sent"] = send(sock, REQUEST)
+        time.sleep(PAUSE)
+        finish(run, "client", sock, record, reset if run.scenario == "early_reset" else socket.socket.close)
+        os.write(address, json.dumps(record).encode())
+        os.write(writer, b"x")
+
+    def server(listener):
+        os.read(reader, 1)
+        time.sleep(PAUSE)
+        sock = listener.accept()[0]
+        seen = json.loads(os.read(addresses, 4096))
+        record = dict(identity(), failed=None, sent=0, ip=seen["ip"], laddr=seen["raddr"], lport=seen["rport"],
+                      raddr=seen["laddr"], rport=seen["lport"], received=receive(sock) or REQUEST)
+        finish(run, "server", sock, record, socket.socket.close)
+    pid, port = start_server(run, server)
+    wait(spawn("cli-" + run.scenario, run.client_ns, visitor, port), pid)
+
+
+def unaccepted(run):
+    """The server ends without ever having called accept(): the kernel resets what waits."""
+    reader, writer = os.pipe()
+    addresses, address = os.pipe()
+
+    def visitor(port):
+        sock, record = connect(run, port)
+        record["sent"] = send(sock, REQUEST)
+        time.sleep(PAUSE)
+        os.write(address, json.dumps(record).encode())
+        os.write(writer, b"x")
+        receive(sock)
+        finish(run, "client", sock, record, socket.socket.close)
+
+    def server(listener):
+        os.read(reader, 1)
+        seen = json.loads(os.read(addresses, 4096))
+        record = dict(identity(), failed=None, sent=0, ip=seen["ip"], laddr=seen["raddr"], lport=seen["rport"],
+                      raddr=seen["laddr"], rport=seen["lport"], received=REQUEST)
+        finish(run, "server", listener, record, socket.socket.close)
+    pid, port = start_server(run, server)
+    wait(spawn("cli-unaccepted", run.client_ns, visitor, port), pid)
+
+
+def refused(run):
+    """Nobody listens. The socket is bound, so that the local address is known."""
+    def visitor(port):
+        sock = socket.socket(run.client_family, socket.SOCK_STREAM)
+        sock.bind(("", 0))
+        began, failed = now(), None
+        try:
+            sock.connect((run.connect_to, port))
+        except OSError as error:
+            failed = errno.errorcode[error.errno]
+        remote = run.connect_to.replace("::ffff:", "")
+        run.write(role="client", born=[began, began], died=[began, now()], failed=failed, sent=0, received=0,
+                  ip=6 if ":" in remote else 4, laddr=None, lport=sock.getsockname()[1], raddr=remote, rport=port,
+                  **identity())
+        sock.close()
+    pid, port = start_server(run, lambda listener: None)
+    wait(pid)
+    wait(spawn("cli-refused", run.client_ns, visitor, port))
+
+
+SCENARIOS = dict.fromkeys(("server_close", "client_close", "client_reset", "server_reset", "half_close", "client_exit",
+                           "server_exit", "client_kill", "server_kill"), one_to_one)
+SCENARIOS.update(workers_close=workers, workers_reset=workers, threads=threads, early_close=early, early_reset=early,
+                 unaccepted=unaccepted, refused=refused)
+
+
+def work(scenarios=tuple(SCENARIOS), rounds=1, **where):
+    """Run the scenarios in all families, the families side by side; the log as a list of dicts."""
+    with tempfile.TemporaryFile() as file:
+        log = os.dup(file.fileno())
+        os.set_inheritable(log, True)
+        # O_APPEND, so that many processes may write to it
+        log = os.open("/proc/self/fd/%d" % log, os.O_WRONLY | os.O_APPEND)
+
+        def one_family(family):
+            signal.alarm(0)
+            for _ in range(rounds):
+                for scenario in scenarios:
+                    SCENARIOS[scenario](Run(log, scenario, family, **where))
+        wait(*[spawn("family-" + family, None, one_family, family) for family in FAMILIES])
+        os.close(log)
+        file.seek(0)
+        return [json.loads(line) for line in file]
+
+
+def sessions(log):
+    """The log with born and died of both ends put together: between which moments the kernel should have seen them."""
+    ends = {}
+    for record in log:
+        ends.setdefault(frozenset([(record["laddr"], record["lport"]), (record["raddr"], record["rport"])]),
+                        []).append(record)
+    for records in ends.values():
+        born = next(record["born"] for record in records if "born" in record)
+        if any(word in records[0]["scenario"] for word in ("reset", "unaccepted")):
+            first = min((record["died"] for record in records), key=lambda pair: pair[1])
+            for record in records:
+                record.update(born=born, died=first)
+        else:
+            # Who closes first is done when the peer has acknowledged that, at the latest when the peer closes too.
+            last = max(record["died"][1] for record in records)
+            for record in records:
+                record.update(born=born, died=[record["died"][0], last])
+    return log
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Known TCP sessions by known processes.")
+    parser.add_argument("-r", "--rounds", type=int, default=1)
+    parser.add_argument("-n", "--namespaces", help="CLIENTNS:SERVERNS:IPV4:IPV6, of the server",
+                        type=lambda text: text.split(":", 3))
+    parser.add_argument("scenarios", nargs="*", default=list(SCENARIOS), metavar="SCENARIO")
+    args = parser.parse_args()
+    where = {}
+    if args.namespaces:
+        where = {"namespaces": args.namespaces[:2], "hosts": args.namespaces[2:]}
+    for record in sessions(work(args.scenarios, args.rounds, **where)):
+        print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
