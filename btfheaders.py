@@ -76,6 +76,7 @@ enum { TCP_ESTABLISHED = 1, TCP_SYN_SENT, TCP_SYN_RECV, TCP_FIN_WAIT1, TCP_FIN_W
 #define AF_INET6 10
 #define IPPROTO_TCP 6
 #define IPPROTO_UDP 17
+#define IPPROTO_MPTCP 262
 #define EPERM 1
 #define ENOENT 2
 #define E2BIG 7
@@ -127,9 +128,10 @@ def new_dump(lib, btf, emit):
 
 
 def declarations(types):
-    """C declarations of the named kernel types and of all they are made of; names the kernel lacks are left out.
+    """C declarations of the named kernel types and of all they are made of.
 
-    Raises OSError if the kernel has no BTF or libbpf is missing.
+    A name that the kernel lacks is left out; for each that it has, a macro BTF_HAS_<name> is defined. Raises OSError if
+    the kernel has no BTF or libbpf is missing.
     """
     if not os.path.exists(VMLINUX_BTF):
         raise OSError("this kernel has no BTF (%s)" % VMLINUX_BTF)
@@ -151,6 +153,7 @@ def declarations(types):
             type_id = lib.btf__find_by_name_kind(btf, name.encode(), kind)
             if type_id > 0:
                 lib.btf_dump__dump_type(dump, type_id)
+                text.append(b"#define BTF_HAS_%s 1\n" % name.encode())
                 break
     lib.btf_dump__free(dump)
     lib.btf__free(btf)

@@ -49,7 +49,7 @@ examples = """examples:
   ./tcplife --netns web  # only trace the network namespace web
 """
 
-KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "files_struct", "fdtable", "file", "socket"]
+KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "files_struct", "fdtable", "file", "socket", "mptcp_sock"]
 MAX_SESSIONS = 1 << 18          # live sockets; 23 MB of kernel memory
 MAX_UNCLAIMED = 1 << 14         # sessions that ended before accept() returned them
 RING_PAGES = 1024               # 4 MiB: 40,000 sessions, more than half a second of the fastest load measured
@@ -137,17 +137,15 @@ static inline bool is_wanted(struct event *e, struct sock *sk)
            (!e->lport || IS_WANTED_LPORT(e->lport)) && (!FILTER_NETNS || netns_of(sk) == FILTER_NETNS);
 }
 
-static inline bool is_tcp(struct sock *sk)
+/* MPTCP's own sockets and SCTP's report their states here too; MPTCP's subflows are TCP. */
+static inline u16 protocol_of(struct sock *sk)
 {
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(5, 6, 0)
-    u16 protocol = 0;
+    u16 protocol = IPPROTO_TCP;
 
-    /* MPTCP's own sockets and SCTP report their states here too; MPTCP's subflows are TCP. */
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(5, 6, 0)       /* a bit field before, and MPTCP came with 5.6 */
     bpf_probe_read_kernel(&protocol, sizeof(protocol), &sk->sk_protocol);
-    return protocol == IPPROTO_TCP;
-#else
-    return true;                /* a bit field, and MPTCP came later */
 #endif
+    return protocol;
 }
 
 static inline void emit(void *ctx, struct event *e)
@@ -176,7 +174,7 @@ static inline void birth(struct sock *sk, bool active)
     struct session s = {.born = bpf_ktime_get_ns()};
     int err;
 
-    if (!is_tcp(sk))
+    if (protocol_of(sk) != IPPROTO_TCP)
         return;
     if (FILTERS) {
         struct event e = {};
@@ -251,9 +249,15 @@ static inline void claim(void *ctx, struct sock *sk)
 
 static inline void accepted(void *ctx, struct sock *sk)
 {
-    struct session *s = sessions.lookup(&sk);
+    struct session *s;
     u8 state = 0;
 
+#ifdef BTF_HAS_mptcp_sock
+    /* accept() returns MPTCP's own socket; the session is its first subflow. */
+    if (protocol_of(sk) == IPPROTO_MPTCP)
+        bpf_probe_read_kernel(&sk, sizeof(sk), &((struct mptcp_sock *)sk)->first);
+#endif
+    s = sessions.lookup(&sk);
     if (!s) {
         /* TCP Fast Open: accept() returns a socket that is not ESTABLISHED yet. */
         bpf_probe_read_kernel(&state, sizeof(state), (void *)&sk->__sk_common.skc_state);
