@@ -33,17 +33,20 @@ VMLINUX_BTF = "/sys/kernel/btf/vmlinux"
 # What bcc's own headers need, whatever the program is.
 BCC_TYPES = ["pt_regs", "__be16", "__be32", "__be64", "__wsum", "__sum16"]
 # What networking and scheduling tools usually look at; for the command line.
-COMMON_TYPES = ["tcp_sock", "tcp6_sock", "udp_sock", "inet_timewait_sock", "net", "sk_buff", "iphdr", "ipv6hdr", "tcphdr",
-                "udphdr", "sockaddr_in", "sockaddr_in6", "task_struct", "files_struct", "fdtable", "file", "socket"]
+COMMON_TYPES = """
+    tcp_sock tcp6_sock udp_sock inet_timewait_sock mptcp_sock net sk_buff iphdr ipv6hdr tcphdr udphdr sockaddr_in
+    sockaddr_in6 task_struct files_struct fdtable file socket
+""".split()
 
 # Each of these becomes a line that includes vmlinux.h: what bcc's own headers include, and what tools include.
 HEADERS = """
     asm/page.h asm/types.h linux/bpf_common.h linux/fdtable.h linux/fs.h linux/in.h linux/in6.h linux/ip.h linux/ipv6.h
-    linux/log2.h linux/net.h linux/netdevice.h linux/nsproxy.h linux/sched.h linux/skbuff.h linux/socket.h linux/tcp.h
-    linux/types.h linux/udp.h net/inet_connection_sock.h net/inet_sock.h net/ip.h net/ipv6.h net/net_namespace.h
-    net/request_sock.h net/sock.h net/tcp.h net/tcp_states.h uapi/linux/bpf_perf_event.h uapi/linux/if_ether.h
-    uapi/linux/if_packet.h uapi/linux/in.h uapi/linux/in6.h uapi/linux/ip.h uapi/linux/ipv6.h uapi/linux/ptrace.h
-    uapi/linux/tcp.h uapi/linux/types.h uapi/linux/udp.h
+    linux/log2.h linux/mount.h linux/net.h linux/netdevice.h linux/ns_common.h linux/nsproxy.h linux/sched.h
+    linux/skbuff.h linux/socket.h linux/tcp.h linux/types.h linux/udp.h net/inet_connection_sock.h
+    net/inet_hashtables.h net/inet_sock.h net/ip.h net/ipv6.h net/net_namespace.h net/request_sock.h net/sock.h
+    net/tcp.h net/tcp_states.h uapi/linux/bpf_perf_event.h uapi/linux/if_ether.h uapi/linux/if_packet.h
+    uapi/linux/in.h uapi/linux/in6.h uapi/linux/ip.h uapi/linux/ipv6.h uapi/linux/ptrace.h uapi/linux/tcp.h
+    uapi/linux/types.h uapi/linux/udp.h
 """.split()
 
 # BTF has no macros and cannot be asked for an enum without a name: constants that user space relies on, so they are the
@@ -184,8 +187,10 @@ def write_tree(root, types):
 
 
 def detached_tmpfs():
-    """File descriptor of a tmpfs that is mounted nowhere: it has no name that others could open, and the kernel drops it
-    with the descriptor, also after kill -9. Raises OSError (needs Linux 5.2 and CAP_SYS_ADMIN)."""
+    """File descriptor of a tmpfs that is mounted nowhere. Raises OSError (needs Linux 5.2 and CAP_SYS_ADMIN).
+
+    It has no name that others could open, and the kernel drops it with the descriptor, after kill -9 too.
+    """
     fsopen, fsconfig, fsmount = 430, 431, 432       # the same numbers on every architecture but alpha
     fsconfig_cmd_create, cloexec = 6, 1
     libc = ctypes.CDLL(None, use_errno=True)

@@ -10,11 +10,17 @@
 # ends are shown when both are on this machine, and so is a connect that failed.
 #
 # Traces the sock:inet_sock_set_state tracepoint (tcp_set_state() before Linux 4.17), tcp:tcp_destroy_sock and accept().
-# No packet is looked at. The owner of a session is the process that called connect() or accept(); most state changes run
-# in softirq, in the context of whichever process was interrupted, so the current process means nothing there.
+# No packet is looked at. The owner of a session is the process that called connect() or accept(): many state changes
+# run in softirq, in the context of whichever process was interrupted, and the current process means nothing there.
 #
 # CAVEATS: sessions that began before the tool are not shown. A kernel without kprobes shows accept() by the exit of the
 # system call, which does not cover io_uring and 32-bit programs: there the process that closes is taken as the owner.
+
+import signal
+
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+if __name__ == "__main__":      # taken by the wait in trace() only: nothing is interrupted half done, imports neither
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 import argparse
 import contextlib
@@ -29,7 +35,6 @@ import mmap
 import os
 import re
 import select
-import signal
 import socket
 import struct
 import subprocess
@@ -306,7 +311,7 @@ int tracepoint_set_state(struct bpf_raw_tracepoint_args *ctx)
     return 0;
 }
 
-/* A socket that is in CLOSE already is destroyed in close(), and one that waits for accept() in the listener's close(). */
+/* A socket in CLOSE is destroyed in close(), and one that still waits for accept() in the listener's close(). */
 int tracepoint_destroy(struct bpf_raw_tracepoint_args *ctx)
 {
     claim(ctx, (struct sock *)ctx->args[0]);
@@ -360,7 +365,6 @@ int tracepoint_accept(struct syscall_exit *ctx)
 #endif
 """
 
-STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 PROGRAM = "tcplife"
 
 # One record of the ring: the kernel's 8-byte header (length and flags, page offset), then struct event.
@@ -384,7 +388,7 @@ def ports(text):
 
 
 def seconds(text):
-    if not re.fullmatch("[0-9]{1,9}([.][0-9]{1,9})?", text, re.ASCII) or float(text) == 0:
+    if not re.fullmatch("([0-9]{1,9}[.]?|[0-9]{0,9}[.][0-9]{1,9})", text, re.ASCII) or float(text) == 0:
         raise argparse.ArgumentTypeError("not a number of seconds: %r" % text)
     return float(text)
 
@@ -464,7 +468,8 @@ def import_bcc():
         import bcc
     except (ImportError, OSError):
         for python in ("/usr/bin/python3", "/usr/local/bin/python3", "/usr/libexec/platform-python"):
-            if os.path.exists(python) and subprocess.run([python, "-c", "import bcc"], stderr=subprocess.DEVNULL).returncode == 0:
+            if os.path.exists(python) and not subprocess.run([python, "-I", "-c", "import bcc"],
+                                                             stderr=subprocess.DEVNULL).returncode:
                 die("%s has no bcc module, but %s has: start it with that one" % (sys.executable, python))
         die("the bcc module for Python is not installed: install python3-bpfcc (Debian, Ubuntu), "
             "python3-bcc (Fedora, RHEL) or python-bcc (Arch)")
@@ -516,6 +521,16 @@ def mount_debugfs():
         subprocess.run(["mount", "-t", "debugfs", "debugfs", "/sys/kernel/debug"], stderr=subprocess.DEVNULL)
 
 
+def kprobe_sides(args):
+    """Which probes are kprobes, as names that the C text knows."""
+    sides = set()
+    if args.probes == "kprobe" or not has_raw_tracepoint():
+        sides.add("KPROBE_STATE")
+    if args.probes == "kprobe" or (args.probes is None and has_kprobes()):
+        sides.add("KPROBE_ACCEPT")
+    return sides
+
+
 def any_of(numbers):
     """C expression that is true for a port among these, for all ports if there are none."""
     return " || ".join("(port) == %d" % n for n in numbers) if numbers else "true"
@@ -534,13 +549,15 @@ def cflags(args):
         "IS_WANTED_LPORT(port)": any_of(args.localport),
         "IS_WANTED_RPORT(port)": any_of(args.remoteport),
     }
+    macros.update((side, 1) for side in kprobe_sides(args))
     if has_ring_buffer():
         macros["RING_PAGES"] = RING_PAGES
-    return ["-D%s=(%s)" % item for item in macros.items()]
+    return ["-g0"] + ["-D%s=(%s)" % item for item in macros.items()]     # nobody debugs it: a tenth of the start
 
 
 def attach(bpf, args):
-    if args.probes == "kprobe" or not has_raw_tracepoint():
+    sides = kprobe_sides(args)
+    if "KPROBE_STATE" in sides:
         bpf.attach_kprobe(event="tcp_set_state", fn_name="kprobe_set_state")
         bpf.attach_kprobe(event="tcp_v4_destroy_sock", fn_name="kprobe_destroy")
     else:
@@ -548,7 +565,7 @@ def attach(bpf, args):
         bpf.attach_raw_tracepoint(tp="tcp_destroy_sock", fn_name="tracepoint_destroy")
     if args.owner == "close":
         return
-    if args.probes != "tracepoint" and has_kprobes():
+    if "KPROBE_ACCEPT" in sides:
         try:
             bpf.attach_kprobe(event="security_sock_graft", fn_name="kprobe_accept")
         except Exception:       # a kernel without CONFIG_SECURITY_NETWORK
@@ -713,28 +730,27 @@ def csv_lines(rows):
 
 
 def write(text):
-    """Print all of it now. A reader that stands still can be left with Ctrl-C."""
+    """Print all of it now. Raises KeyboardInterrupt if a signal comes while the reader of the output stands still."""
     data = memoryview(text.encode("ascii"))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    try:
-        while data:
-            data = data[os.write(1, data):]
-    finally:
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    while data:
+        if select.select([], [1], [], INTERVAL)[1]:
+            data = data[os.write(1, data[:select.PIPE_BUF]):]       # so much fits, and does not block
+        elif signal.sigpending() & STOP_SIGNALS:
+            raise KeyboardInterrupt
 
 
-def report(now, before):
-    """Tell on stderr what has been lost since before; now."""
-    for what, count in now.items():
-        if count > before.get(what, 0):
-            print("%s: %d %s" % (PROGRAM, count - before.get(what, 0), what), file=sys.stderr, flush=True)
-    return now
+def report(lost, told, form="%s: %d %s"):
+    """Tell on stderr what has been lost and not been told; what has been told now."""
+    for what, count in lost.items():
+        if count > told.get(what, 0):
+            print(form % (PROGRAM, count - told.get(what, 0), what), file=sys.stderr, flush=True)
+    return lost
 
 
 def trace(args, bpf):
     """Print sessions until a signal comes, the time is over or nobody reads any more."""
     read = open_ring(bpf) if has_ring_buffer() else open_perf(bpf)
-    began, lost = time.monotonic_ns(), {}
+    began, told = time.monotonic_ns(), {}
     end = began + args.duration * 1e9 if args.duration else math.inf
     if args.csv:
         write(csv_lines([column_names(args)]))
@@ -749,21 +765,22 @@ def trace(args, bpf):
         records = read() + (unclaimed(bpf) if stop else [])
         if records:
             write(render(args, records, began))
-            lost = report(losses(bpf), lost)
-    report(losses(bpf), {})
+            told = report(losses(bpf), told)
+    report(losses(bpf), told)
+    report(losses(bpf), {}, "%s: in all %d %s")
 
 
 def main():
-    # Blocked from here on: nothing is interrupted half done, and the wait in trace() takes them.
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.default_int_handler)
     args = parse_args()
+    if sys.stdout is None or sys.stderr is None:        # their numbers would be given to a map
+        die("standard output or standard error is closed")
     bpf = load(args)
     try:
         trace(args, bpf)
-    except (BrokenPipeError, KeyboardInterrupt):
+    except BrokenPipeError:
         pass
+    except KeyboardInterrupt:
+        print("%s: the output was not read to its end" % PROGRAM, file=sys.stderr)
     except OSError as error:
         die("cannot write the output: %s" % error.strerror)
 

@@ -1,15 +1,14 @@
 """Start a tool on the real kernel, and stop it: what the live tests share."""
+import collections
 import json
 import os
 import pathlib
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 PYTHON = os.environ.get("PYTHON", "/usr/bin/python3")
 SIGTIMEDWAIT = {"x86_64": 128, "aarch64": 137}[os.uname().machine]
 MAY_TRACE = os.geteuid() == 0 and os.path.exists("/sys/kernel/btf/vmlinux")
@@ -67,11 +66,17 @@ class Tracer:
         return [json.loads(line) for line in self.lines]
 
 
+def compare(known, printed, key):
+    """Which of the known records are not printed, and which printed ones are not known, by their key(); with doubles."""
+    known, printed = collections.Counter(map(key, known)), collections.Counter(map(key, printed))
+    return sorted((known - printed).elements()), sorted((printed - known).elements())
+
+
 class Unseen:
     """How many state changes the kernel traced, but did not show to the tool's BPF program, while the context lasted.
 
-    There are kernels that run no BPF program while certain tasks of theirs are current (seen on a 6.18 micro-VM: its own
-    agent). A state change that a timer makes then is visible in ftrace only. Elsewhere count is 0.
+    There are kernels that run no BPF program while certain tasks are current (seen on a 6.18 micro-VM: its own agent).
+    A state change that a timer makes then is visible in ftrace only. Elsewhere count is 0.
     """
 
     instance = "/sys/kernel/tracing/instances/tcp-tracers-test"
@@ -147,3 +152,18 @@ class Namespaces:
     @staticmethod
     def inode(name):
         return os.stat("/run/netns/" + name).st_ino
+
+
+class Churn:
+    """The load of churn.c, compiled once: churn.run(connections, threads, rate) is the rate it reached."""
+
+    def __init__(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.binary = os.path.join(self.folder.name, "churn")
+        subprocess.run(["cc", "-O2", "-pthread", "-o", self.binary, ROOT / "tests/churn.c"], check=True)
+
+    def start(self, *numbers):
+        return subprocess.Popen([self.binary, *map(str, numbers)], stdout=subprocess.PIPE, text=True)
+
+    def run(self, *numbers):
+        return float(subprocess.check_output([self.binary, *map(str, numbers)], text=True).split()[-1])

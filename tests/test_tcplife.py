@@ -3,7 +3,6 @@ import collections
 import unittest
 
 import live
-import tcplife
 import workload
 
 MS = 5                  # what two clocks in two processes may differ by

@@ -1,10 +1,10 @@
 #!/usr/bin/python3
 """Known TCP sessions by known processes: what a tracer has to say of them.
 
-usage: workload.py [-r ROUNDS] [-n CLIENTNS:SERVERNS:ADDRESS] [SCENARIO ...]
+usage: workload.py [-r ROUNDS] [-n CLIENTNS:SERVERNS:IPV4,IPV6] [SCENARIO ...]
 
-Every client and every server is a process of its own with a name of its own. Each logs what it did; the log is printed as
-one JSON object a session end:
+Every client and every server is a process of its own with a name of its own. Each logs what it did; the log is printed
+as one JSON object a session end:
 
     scenario, role ("client" or "server"), pid, comm, ip (4 or 6), laddr, lport, raddr, rport, sent, received (bytes),
     netns (inode), born, died (each a pair of CLOCK_MONOTONIC seconds between which it happened), failed (errno name or
@@ -149,7 +149,7 @@ def connect(run, port):
 
 
 def accept(listener):
-    sock, peer = listener.accept()
+    sock = listener.accept()[0]
     return sock, dict(identity(), failed=None, sent=0, received=0, **endpoints(sock))
 
 
@@ -380,13 +380,13 @@ def sessions(log):
 def main():
     parser = argparse.ArgumentParser(description="Known TCP sessions by known processes.")
     parser.add_argument("-r", "--rounds", type=int, default=1)
-    parser.add_argument("-n", "--namespaces", help="CLIENTNS:SERVERNS:IPV4:IPV6, of the server",
-                        type=lambda text: text.split(":", 3))
+    parser.add_argument("-n", "--namespaces", help="CLIENTNS:SERVERNS:IPV4,IPV6 (the server's)")
     parser.add_argument("scenarios", nargs="*", default=list(SCENARIOS), metavar="SCENARIO")
     args = parser.parse_args()
     where = {}
     if args.namespaces:
-        where = {"namespaces": args.namespaces[:2], "hosts": args.namespaces[2:]}
+        client_ns, server_ns, hosts = args.namespaces.split(":", 2)
+        where = {"namespaces": (client_ns, server_ns), "hosts": hosts.split(",")}
     for record in sessions(work(args.scenarios, args.rounds, **where)):
         print(json.dumps(record))
 

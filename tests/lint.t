@@ -1,0 +1,41 @@
+#!/bin/sh
+# What can be said of the files without running them.
+# shellcheck source=tests/tap.sh
+. "$(dirname "$0")/tap.sh"
+
+short_lines() {
+    awk 'length > 120 {print FILENAME ":" FNR; bad = 1} END {exit bad}' ./*.py tests/* Makefile
+}
+
+runs_on_39() {      # no syntax newer than the oldest Python the tools promise
+    .venv/bin/ruff check --select E9 --target-version py39 ./*.py tests/*.py
+}
+
+options_documented() {
+    for option in $("$python" "$1.py" --help | grep -oE '(^|[ ,])--[a-z0-9-]+' | tr -d ' ,' | sort -u); do
+        sed 's/\\-/-/g' "man/man8/$1.8" | grep -q -- "$option" || echo "$option is not in the man page"
+        grep -q -- "$option" "examples/$1_example.txt" || echo "$option is not in the example file"
+    done >"$tmp/undocumented"
+    ! grep . "$tmp/undocumented"
+}
+
+help_in_example() {     # as 80 columns of text print it, whatever this version of argparse calls its sections
+    COLUMNS=80 "$python" "$1.py" --help | sed 's/^options:$/optional arguments:/' >"$tmp/help"
+    sed 's/^options:$/optional arguments:/' "examples/$1_example.txt" | grep -qFz "$(cat "$tmp/help")"
+}
+
+mandoc_clean() {
+    mandoc -T lint -W warning "$1"
+}
+
+check "ruff" .venv/bin/ruff check --quiet .
+check "Python 3.9 syntax" runs_on_39
+check "shellcheck" shellcheck -x tests/*.sh tests/*.t .ci/run
+check "no line over 120 columns" short_lines
+for tool in $(make -s tools); do
+    check "$tool: the man page is sound" mandoc_clean "man/man8/$tool.8"
+    check "$tool: every option is in the man page and in the example file" options_documented "$tool"
+    check "$tool: the example file shows the help text of today" help_in_example "$tool"
+    check "$tool: a symlink and a run bit" test -L "$tool" -a -x "$tool.py"
+done
+plan

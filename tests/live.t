@@ -1,0 +1,5 @@
+#!/bin/sh
+# The tools on real connections of known processes.
+cd "$(dirname "$0")" || exit 1
+export PYTHONPATH=..:. PYTHONDONTWRITEBYTECODE=1
+exec "${PYTHON:-/usr/bin/python3}" -W ignore -m tap discover -s . -p 'test_*.py'

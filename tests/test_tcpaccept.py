@@ -1,0 +1,194 @@
+"""tcpaccept against what known processes did: see workload.py."""
+import os
+import random
+import resource
+import socket
+import tempfile
+import threading
+import time
+import unittest
+
+import live
+import workload
+
+
+def key(record):
+    return tuple(record[name] for name in ("pid", "comm", "ip", "raddr", "rport", "laddr", "lport", "netns"))
+
+
+def accepted(log):
+    return [record for record in log if record["role"] == "server" and record["scenario"] != "unaccepted"]
+
+
+def in_child(work):
+    """What work() returns, run in a process of its own, as text lines; its PID."""
+    with tempfile.TemporaryFile("w+") as file:
+        pid = workload.spawn("crowd", None, lambda: (file.write("\n".join(map(str, work()))), file.flush()))
+        os.waitpid(pid, 0)
+        file.seek(0)
+        return pid, file.read().split("\n")
+
+
+@unittest.skipUnless(live.MAY_TRACE, live.WHY_NOT)
+class Truth(unittest.TestCase):
+    maxDiff = None
+
+    def trace(self, *args, wanted=lambda record: True, **work):
+        with live.Tracer("tcpaccept", "--json", *args) as tracer:
+            log = workload.work(**work)
+        known = [record for record in accepted(log) if wanted(record)]
+        self.assertEqual(live.compare(known, tracer.objects, key), ([], []))
+        self.assertTrue(known)
+
+    def test_every_accept_once_by_who_called_it(self):
+        self.trace(rounds=3)
+
+    def test_tracepoints_only(self):
+        self.trace("--probes", "tracepoint")
+
+    def test_ipv4_only(self):
+        self.trace("-4", wanted=lambda record: record["ip"] == 4)
+
+    def test_ipv6_only(self):
+        self.trace("-6", wanted=lambda record: record["ip"] == 6)
+
+    def test_one_namespace(self):
+        with live.Namespaces() as namespaces:
+            self.trace("--netns", namespaces.server, **namespaces.where)
+
+    def test_another_namespace(self):
+        with live.Namespaces() as namespaces, live.Tracer("tcpaccept", "--netns", namespaces.client) as tracer:
+            workload.work(scenarios=["client_close"], **namespaces.where)
+        self.assertEqual(len(tracer.lines), 1)
+
+    def test_one_process_and_one_port(self):
+        listener = socket.create_server(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        with live.Tracer("tcpaccept", "-p", os.getpid()) as by_pid, live.Tracer("tcpaccept", "-P", port) as by_port:
+            workload.work(scenarios=["client_close"])
+            with socket.create_connection(("127.0.0.1", port)), listener.accept()[0]:
+                pass
+        listener.close()
+        for tracer in (by_pid, by_port):
+            self.assertEqual([line.split()[0] for line in tracer.lines[1:]], [str(os.getpid())])
+
+    def test_other_protocols_are_not_shown(self):
+        with tempfile.TemporaryDirectory() as folder, live.Tracer("tcpaccept") as tracer:
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(folder + "/socket")
+            listener.listen()
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(folder + "/socket")
+                listener.accept()[0].close()
+            listener.close()
+        self.assertEqual(len(tracer.lines), 1)
+
+    def test_multipath_tcp(self):
+        try:
+            listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)
+        except OSError as error:
+            self.skipTest("this kernel has no MPTCP: %s" % error)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        with live.Tracer("tcpaccept", "--json") as tracer:
+            for protocol in (262, 0):
+                with socket.socket(socket.AF_INET, socket.SOCK_STREAM, protocol) as client:
+                    client.connect(listener.getsockname())
+                    listener.accept()[0].close()
+        listener.close()
+        self.assertEqual([line["pid"] for line in tracer.objects], [os.getpid()] * 2)
+
+    def test_high_descriptors(self):
+        def work():
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (200000, 200000))
+            except ValueError:          # root without CAP_SYS_RESOURCE: as many as there may be
+                resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            listener = socket.create_server(("127.0.0.1", 0))
+            ports = []
+            for first in (1025, min(100001, limit - 2)):
+                while os.dup(2) < first:
+                    pass
+                client = socket.create_connection(listener.getsockname())
+                fd = listener._accept()[0]
+                assert fd >= first, fd
+                ports.append(client.getsockname()[1])
+            return ports
+        with live.Tracer("tcpaccept", "--json") as tracer:
+            pid, ports = in_child(work)
+        self.assertEqual([(line["pid"], str(line["rport"])) for line in tracer.objects], [(pid, port) for port in ports])
+
+    def test_descriptors_closed_by_another_thread(self):
+        """printed + told lost = made, and what is printed is true."""
+        def work():
+            listener = socket.create_server(("127.0.0.1", 0), backlog=1000)
+            elsewhere = socket.create_server(("127.0.0.2", 0), backlog=10000)
+            low = elsewhere.fileno() + 1
+            log, over = [], threading.Event()
+
+            def accept():
+                while not over.is_set():
+                    log.append("%s %d" % listener._accept()[1])
+
+            def close():
+                while not over.is_set():
+                    try:
+                        os.close(random.randrange(low, low + 8))        # noqa: S311
+                    except OSError:
+                        pass
+
+            def connect():
+                address = elsewhere.getsockname()
+                while not over.is_set():
+                    try:
+                        sock = socket.socket()
+                        sock.detach() if sock.connect_ex(address) else sock.close()
+                    except OSError:
+                        sock.detach()
+            for target in [accept] * 4 + [close] * 2 + [connect]:
+                threading.Thread(target=target, daemon=True).start()
+            address = listener.getsockname()
+
+            def visit():
+                for _ in range(2000):
+                    with socket.socket() as client:
+                        client.connect(address)
+                        workload.reset(client)
+            visitor = workload.spawn("visitor", None, visit)
+            os.waitpid(visitor, 0)
+            time.sleep(0.2)
+            over.set()
+            return log
+        with live.Tracer("tcpaccept", "--json", check=False) as tracer:
+            pid, log = in_child(work)
+        lost = sum(int(line.split()[3]) for line in tracer.stderr.splitlines() if " in all " in line)
+        missing, foreign = live.compare(
+            log, tracer.objects, lambda r: r if isinstance(r, str) else "%s %d" % (r["raddr"], r["rport"]))
+        self.assertEqual(foreign, [])
+        self.assertEqual({line["pid"] for line in tracer.objects}, {pid})
+        self.assertEqual(len(missing), lost)
+        self.assertEqual(len(log), 2000)
+
+    def test_many_threads_waiting(self):
+        """A return probe would run out of places for threads that wait in accept()."""
+        def work():
+            listener = socket.create_server(("127.0.0.1", 0), backlog=1000)
+            crowd = [threading.Thread(target=lambda: listener.accept()[0].close()) for _ in range(300)]
+            for thread in crowd:
+                thread.start()
+            time.sleep(0.3)
+            for _ in crowd:
+                socket.create_connection(listener.getsockname()).close()
+            for thread in crowd:
+                thread.join()
+            return []
+        with live.Tracer("tcpaccept") as tracer:
+            in_child(work)
+        self.assertEqual(len(tracer.lines), 301)
+
+    def test_full_speed(self):
+        churn = live.Churn()
+        with live.Tracer("tcpaccept") as tracer:
+            churn.run(20000, 2)
+        self.assertEqual(len(tracer.lines), 40001)

@@ -1,0 +1,5 @@
+#!/bin/sh
+# The tools' logic, without tracing.
+cd "$(dirname "$0")" || exit 1
+export PYTHONPATH=..:. PYTHONDONTWRITEBYTECODE=1
+exec "${PYTHON:-/usr/bin/python3}" -m tap discover -s . -p 'unit_*.py'
