@@ -445,11 +445,14 @@ def columns(args, record, began, wall):
     return row
 
 
-def json_object(record, wall):
+def json_object(args, record, wall):
     _, _, ts, pid, uid, netns, saddr, daddr, dport, _, comm = record
-    return {"ts": (ts + wall) / 1e9, "pid": pid,
-            "comm": comm.partition(b"\0")[0].decode(errors="surrogateescape"), "uid": uid,
-            "saddr": address(saddr), "daddr": address(daddr), "dport": dport, "netns": netns}
+    fields = {"ts": (ts + wall) / 1e9, "pid": pid,
+              "comm": comm.partition(b"\0")[0].decode(errors="surrogateescape"),
+              "saddr": address(saddr), "daddr": address(daddr), "dport": dport, "netns": netns}
+    if args.print_uid:
+        fields["uid"] = uid
+    return fields
 
 
 def form_of(args):
@@ -462,7 +465,7 @@ def render(args, records, began):
     """Whole lines for these records."""
     wall = time.time_ns() - time.monotonic_ns()     # each time anew: the clock may be set meanwhile
     if args.json:
-        return "".join([json.dumps(json_object(record, wall)) + "\n" for record in records])
+        return "".join([json.dumps(json_object(args, record, wall)) + "\n" for record in records])
     form = form_of(args)
     return "".join([form % columns(args, record, began, wall) for record in records])
 

@@ -106,15 +106,14 @@ class Truth(unittest.TestCase):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
             listener = socket.create_server(("127.0.0.1", 0))
-            ports = []
-            for first in (1025, min(100001, limit - 2)):
+            clients = []
+            for first in (1025, min(100001, limit - 8)):
                 while os.dup(2) < first:
                     pass
-                client = socket.create_connection(listener.getsockname())
+                clients.append(socket.create_connection(listener.getsockname()))
                 fd = listener._accept()[0]
                 assert fd >= first, fd
-                ports.append(client.getsockname()[1])
-            return ports
+            return [client.getsockname()[1] for client in clients]
         with live.Tracer("tcpaccept", "--json") as tracer:
             pid, ports = in_child(work)
         self.assertEqual([(line["pid"], str(line["rport"])) for line in tracer.objects], [(pid, port) for port in ports])

@@ -20,14 +20,14 @@ class Truth(unittest.TestCase):
     maxDiff = None
 
     def trace(self, *args, wanted=lambda record: True, **work):
-        with live.Tracer("tcpv4connect", "--json", *args) as tracer:
+        with live.Tracer("tcpv4connect", "--json", "-U", *args) as tracer:
             log = workload.work(**work)
         known = [record for record in log if record["role"] == "client" and record["ip"] == 4 and wanted(record)]
         self.assertEqual(live.compare(known, tracer.objects, key), ([], []))
         source = {key(record): record["laddr"] for record in known if record["laddr"]}
         for line in tracer.objects:
-            self.assertEqual(line["saddr"], source.get(key(line), line["saddr"]))
             self.assertEqual(line["uid"], 0)
+            self.assertEqual(line["saddr"], source.get(key(line), line["saddr"]))
         self.assertTrue(known)
 
     def test_every_connect_once_by_who_called_it(self):
