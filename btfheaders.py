@@ -42,7 +42,7 @@ COMMON_TYPES = """
 HEADERS = """
     asm/page.h asm/types.h linux/bpf_common.h linux/fdtable.h linux/fs.h linux/in.h linux/in6.h linux/ip.h linux/ipv6.h
     linux/log2.h linux/mount.h linux/net.h linux/netdevice.h linux/ns_common.h linux/nsproxy.h linux/sched.h
-    linux/skbuff.h linux/socket.h linux/tcp.h linux/types.h linux/udp.h net/inet_connection_sock.h
+    linux/sched/signal.h linux/skbuff.h linux/socket.h linux/tcp.h linux/types.h linux/udp.h net/inet_connection_sock.h
     net/inet_hashtables.h net/inet_sock.h net/ip.h net/ipv6.h net/net_namespace.h net/request_sock.h net/sock.h
     net/tcp.h net/tcp_states.h uapi/linux/bpf_perf_event.h uapi/linux/if_ether.h uapi/linux/if_packet.h
     uapi/linux/in.h uapi/linux/in6.h uapi/linux/ip.h uapi/linux/ipv6.h uapi/linux/ptrace.h uapi/linux/tcp.h

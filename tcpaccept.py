@@ -10,8 +10,8 @@
 # and the addresses. Connections that nobody accepts are not shown.
 #
 # Traces security_sock_graft() (kprobe), which the kernel calls in accept() with the new socket, or inet_csk_accept().
-# On a kernel without kprobes: the exits of the accept() and accept4() system calls, and the socket behind the descriptor
-# that they return.
+# On a kernel without kprobes: the exits of the accept() and accept4() system calls, and the socket behind the
+# descriptor that they return.
 #
 # CAVEATS: while a tracepoint of a system call is on, every system call of the machine costs some 50 ns more. These
 # exits do not cover io_uring and 32-bit programs, which the kprobe does.
@@ -194,8 +194,8 @@ struct syscall_exit {
 };
 
 /*
- * The connections seen: another thread may have put another socket behind the descriptor meanwhile. A socket's memory is
- * used again and again, but each time with another first sequence number.
+ * The connections seen: another thread may have put another socket behind the descriptor meanwhile. A socket's memory
+ * is used again and again, but each time with another first sequence number.
  */
 struct connection {
     u64 sk;

@@ -67,7 +67,7 @@ class Tracer:
 
 
 def compare(known, printed, key):
-    """Which of the known records are not printed, and which printed ones are not known, by their key(); with doubles."""
+    """Which of the known records are not printed, and which printed are not known, by their key(); with doubles."""
     known, printed = collections.Counter(map(key, known)), collections.Counter(map(key, printed))
     return sorted((known - printed).elements()), sorted((printed - known).elements())
 

@@ -116,7 +116,8 @@ class Truth(unittest.TestCase):
             return [client.getsockname()[1] for client in clients]
         with live.Tracer("tcpaccept", "--json") as tracer:
             pid, ports = in_child(work)
-        self.assertEqual([(line["pid"], str(line["rport"])) for line in tracer.objects], [(pid, port) for port in ports])
+        self.assertEqual([(line["pid"], str(line["rport"])) for line in tracer.objects],
+                         [(pid, port) for port in ports])
 
     def test_descriptors_closed_by_another_thread(self):
         """printed + told lost = made, and what is printed is true."""

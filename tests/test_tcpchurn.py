@@ -1,0 +1,225 @@
+"""tcpchurn against a process that opens and closes known numbers of connections in known seconds."""
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+import unittest
+
+import live
+import workload
+
+REFUSED = ("127.0.0.9", 9)
+
+
+def in_threads(work, count, threads=4):
+    """work() called count times, from several threads; what it returned."""
+    results, rest = [], list(range(count))
+
+    def thread():
+        while True:
+            try:
+                rest.pop()
+            except IndexError:
+                return
+            results.append(work())
+    crowd = [threading.Thread(target=thread) for _ in range(threads)]
+    for one in crowd:
+        one.start()
+    for one in crowd:
+        one.join()
+    return results
+
+
+def connect(address):
+    sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+    sock.connect_ex(address)
+    return sock
+
+
+class Actor:
+    """A process that does what it is told: each step is a function of its own state, a dict."""
+
+    def __init__(self, steps):
+        self.orders, write = os.pipe()
+        read, self.answers = os.pipe()
+        self.read, self.write = read, write
+        self.pid = workload.spawn("actor", None, self.obey, steps)
+
+    def obey(self, steps):
+        signal.alarm(0)
+        os.close(self.write)
+        state = {}
+        while True:
+            order = os.read(self.orders, 1)
+            if not order:
+                return
+            steps[order[0]](state)
+            os.write(self.answers, b".")
+
+    def do(self, step):
+        os.write(self.write, bytes([step]))
+        os.read(self.read, 1)
+
+    def end(self):
+        os.close(self.write)
+        os.waitpid(self.pid, 0)
+
+
+class Peer:
+    """Accepts whatever comes, and keeps it."""
+
+    def __init__(self):
+        self.v4 = socket.create_server(("127.0.0.1", 0), backlog=500)
+        self.v6 = socket.create_server(("::1", 0), family=socket.AF_INET6, backlog=500)
+        self.accepted = []
+
+    def accept(self, count, listener):
+        self.accepted += [listener.accept()[0] for _ in range(count)]
+
+    def close(self):
+        for sock in [self.v4, self.v6, *self.accepted]:
+            sock.close()
+
+
+def steps(peer):
+    v4, v6 = peer.v4.getsockname(), peer.v6.getsockname()[:2]
+    server = socket.create_server(("127.0.0.1", 0), backlog=500)
+
+    def before(state):
+        state["before"] = [connect(v4), connect(v4), connect(v6)]
+
+    def opens(state):
+        state["v4"] = in_threads(lambda: connect(v4), 40)
+        state["v6"] = in_threads(lambda: connect(v6), 20)
+        state["refused"] = in_threads(lambda: connect(REFUSED), 5)
+        state["accepted"] = in_threads(lambda: server.accept()[0], 30)
+
+    def closes(state):
+        for sock in state["v4"][:10] + state["before"][:1]:
+            sock.close()
+        for sock in state["v6"][:6]:
+            sock.shutdown(socket.SHUT_WR)
+
+    def early(state):
+        state["early"] = in_threads(lambda: server.accept()[0], 4)
+
+    def closes_again(state):
+        for sock in state["v6"][:6] + state["early"] + state["refused"]:
+            sock.close()
+    return server, [before, opens, closes, early, closes_again]
+
+
+@unittest.skipUnless(live.MAY_TRACE, live.WHY_NOT)
+class Truth(unittest.TestCase):
+    maxDiff = None
+
+    def scenario(self, *args):
+        """The updates of a whole life, and the moments (Unix seconds) after which the steps were done."""
+        peer, other_peer = Peer(), Peer()
+        server, what = steps(peer)
+        other_server, other_what = steps(other_peer)
+        actor, other = Actor(what), Actor(other_what)
+        moments = []
+        actor.do(0)
+        other.do(0)
+        with live.Tracer("tcpchurn", actor.pid, "-w", "1,3", "-i", "0.2", "--json", *args, check=False) as tracer:
+            for step in (1, 2, 3, 4):
+                for one, listener, side in ((actor, server, peer), (other, other_server, other_peer)):
+                    if step == 1:
+                        visitors = [socket.create_connection(listener.getsockname()) for _ in range(30)]
+                    if step == 3:
+                        for _ in range(4):
+                            workload.reset(socket.create_connection(listener.getsockname()))
+                    one.do(step)
+                    if step == 1:
+                        side.visitors = visitors
+                        side.accept(42, side.v4)
+                        side.accept(21, side.v6)
+                    if step == 2:
+                        for sock in side.accepted[20:27]:       # of those to IPv4 that stay open
+                            workload.reset(sock)
+                moments.append(time.time())
+                time.sleep(0.8 if step == 3 else 0.4)
+            time.sleep(3.4)
+            moments.append(time.time())
+            time.sleep(0.3)
+            actor.end()
+            other.end()
+            time.sleep(0.3)
+        for side in (peer, other_peer):
+            side.close()
+        self.assertEqual(tracer.status, 0)
+        self.assertEqual(tracer.stderr, "tcpchurn: process %d has ended\n" % actor.pid)
+        return tracer.objects, moments
+
+    def test_totals_and_windows(self):
+        updates, (opened, closed, early, again, quiet) = self.scenario()
+
+        def after(moment):
+            return next(update for update in updates if update["ts"] > moment)
+        self.assertEqual(after(opened)["all"], {"opened": 95, "accepted": 30, "connected": 65, "closed": 5})
+        self.assertEqual(after(opened)["windows"], [3.0, 1.0])
+        self.assertEqual(after(opened)["connected"], [65, 65])
+        self.assertEqual(after(opened)["accepted"], [30, 30])
+        self.assertEqual(after(opened)["opened"], [95, 95])
+        # 10 and one from before closed, 6 shut down, 7 reset by the peer; then 4 that were reset before accept()
+        self.assertEqual(after(closed)["all"]["closed"], 5 + 10 + 1 + 6 + 7)
+        self.assertEqual(after(early)["all"], {"opened": 99, "accepted": 34, "connected": 65, "closed": 33})
+        # what had ended already is not counted again when it is closed
+        self.assertEqual(after(again)["all"]["closed"], 33)
+        self.assertEqual([after(again)[name][1] for name in ("accepted", "connected")], [4, 0])
+        self.assertEqual([after(again)[name][0] for name in ("accepted", "connected", "closed")], [34, 65, 33])
+        # empty again
+        self.assertEqual([after(quiet)[name] for name in ("opened", "closed")], [[0, 0], [0, 0]])
+        # the process has ended, and with it all it had opened, and the three from before
+        self.assertEqual(updates[-1]["all"], {"opened": 99, "accepted": 34, "connected": 65, "closed": 102})
+
+    def test_tracepoints_only(self):
+        updates, _ = self.scenario("--probes", "tracepoint")
+        self.assertEqual(updates[-1]["all"], {"opened": 99, "accepted": 34, "connected": 65, "closed": 102})
+
+    def test_private_addresses_are_ignored(self):
+        updates, _ = self.scenario("--ignore-private")
+        self.assertEqual(updates[-1]["all"], {"opened": 0, "accepted": 0, "connected": 0, "closed": 0})
+
+    def test_another_namespace(self):
+        with live.Namespaces() as namespaces:
+            updates, _ = self.scenario("--netns", namespaces.server)
+        self.assertEqual(updates[-1]["all"]["opened"], 0)
+
+    def test_the_samples_columns(self):
+        actor = Actor([lambda state: None])
+        with live.Tracer("tcpchurn", actor.pid, "-i", "0.3", "-a") as tracer:
+            time.sleep(0.4)
+        self.assertEqual(tracer.lines[0],
+                         "   1200.0   500.0   240.0   120.0    60.0    30.0    10.0     5.0     1.0    ALL")
+        self.assertEqual(tracer.lines[1],
+                         "A       0       0       0       0       0       0       0       0       0      0")
+        self.assertEqual([line[0] for line in tracer.lines[:4]], [" ", "A", "O", "C"])
+        actor.end()
+
+    def test_no_such_process(self):
+        pid = workload.spawn("gone", None, lambda: None)
+        workload.wait(pid)
+        result = subprocess.run([live.PYTHON, live.ROOT / "tcpchurn.py", str(pid)], capture_output=True, text=True,
+                                check=False)
+        self.assertEqual((result.returncode, result.stderr), (1, "tcpchurn: no such process: %d\n" % pid))
+
+    def test_any_rate_costs_the_same(self):
+        churn = live.Churn()
+        ticks = {}
+        for rate in (0, 1000, 20000):
+            load = churn.start(int(5.5 * rate / 2), 2, rate) if rate else Actor([lambda state: None])
+            with live.Tracer("tcpchurn", load.pid, "-i", "0.1", check=False) as tracer:
+                stat = "/proc/%d/stat" % tracer.process.pid
+                time.sleep(0.5)
+                before = sum(map(int, open(stat).read().split()[13:15]))
+                time.sleep(4)
+                ticks[rate] = sum(map(int, open(stat).read().split()[13:15])) - before
+            load.wait() if rate else load.end()
+            if rate:
+                load.stdout.close()
+        # 10 ms a tick: two ticks of 4 s are what a stopwatch like this cannot tell
+        self.assertLessEqual(max(ticks.values()) - min(ticks.values()), 0.1 * max(ticks.values()) + 2, ticks)
