@@ -13,15 +13,15 @@ runs_on_39() {      # no syntax newer than the oldest Python the tools promise
 
 options_documented() {
     for option in $("$python" "$1.py" --help | grep -oE '(^|[ ,])--[a-z0-9-]+' | tr -d ' ,' | sort -u); do
-        sed 's/\\-/-/g' "man/man8/$1.8" | grep -q -- "$option" || echo "$option is not in the man page"
-        grep -q -- "$option" "examples/$1_example.txt" || echo "$option is not in the example file"
+        mandoc -T ascii "man/man8/$1.8" | col -b | grep -q -- "$option" || echo "$option is not in the man page"
+        sed '/^USAGE/,$d' "examples/$1_example.txt" | grep -q -- "$option" || echo "$option is not in the example file"
     done >"$tmp/undocumented"
     ! grep . "$tmp/undocumented"
 }
 
-help_in_example() {     # as 80 columns of text print it, whatever this version of argparse calls its sections
+help_in_example() {     # the file ends with it, whatever this version of argparse calls its sections
     COLUMNS=80 "$python" "$1.py" --help | sed 's/^options:$/optional arguments:/' >"$tmp/help"
-    sed 's/^options:$/optional arguments:/' "examples/$1_example.txt" | grep -qFz "$(cat "$tmp/help")"
+    sed 's/^options:$/optional arguments:/' "examples/$1_example.txt" | tail -n "$(wc -l <"$tmp/help")" | diff "$tmp/help" -
 }
 
 mandoc_clean() {

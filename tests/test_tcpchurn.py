@@ -41,29 +41,30 @@ def connect(address):
 class Actor:
     """A process that does what it is told: each step is a function of its own state, a dict."""
 
+    END = 255
+
     def __init__(self, steps):
-        self.orders, write = os.pipe()
-        read, self.answers = os.pipe()
-        self.read, self.write = read, write
+        self.orders, self.write = os.pipe()
+        self.read, self.answers = os.pipe()
         self.pid = workload.spawn("actor", None, self.obey, steps)
+        os.close(self.answers)
 
     def obey(self, steps):
         signal.alarm(0)
-        os.close(self.write)
         state = {}
         while True:
-            order = os.read(self.orders, 1)
-            if not order:
+            order = os.read(self.orders, 1)[0]
+            if order == self.END:
                 return
-            steps[order[0]](state)
+            steps[order](state)
             os.write(self.answers, b".")
 
     def do(self, step):
         os.write(self.write, bytes([step]))
-        os.read(self.read, 1)
+        assert os.read(self.read, 1), "the actor has failed in step %d" % step
 
     def end(self):
-        os.close(self.write)
+        os.write(self.write, bytes([self.END]))
         os.waitpid(self.pid, 0)
 
 
