@@ -9,7 +9,7 @@
 PREFIX  ?= /usr/local
 DESTDIR ?=
 PYTHON  ?= /usr/bin/python3
-TOOLS   = tcplife tcpaccept tcpv4connect
+TOOLS   = tcplife tcpaccept tcpv4connect tcpchurn deeptcptracer
 TESTS   = tests/lint.t tests/unit.t tests/cli.t tests/live.t
 RUFF    = .venv/bin/ruff
 RUFF_VERSION = 0.17.6
@@ -40,7 +40,7 @@ deps-demo:
 deps-test: deps-demo
 	@$(PYTHON) -c 'import tap, venv, ensurepip' 2>/dev/null && command -v prove >/dev/null && \
 	 command -v shellcheck >/dev/null && command -v mandoc >/dev/null && command -v cc >/dev/null && \
-	 command -v jq >/dev/null || sh tests/packages.sh test
+	 command -v col >/dev/null && command -v bpftool >/dev/null || sh tests/packages.sh test
 
 $(RUFF):
 	$(PYTHON) -m venv .venv

@@ -79,6 +79,8 @@ bpf_text = r"""
 #include <net/net_namespace.h>
 #include <net/sock.h>
 
+#define IS_IPV4(address) (!(address)[0] && !(address)[1] && (address)[2] == htonl(0xffff))
+
 enum { SET_STATE, SEND_FIN, FIN, RESET, RETRANSMIT, ERROR, ZERO_WINDOW_RECEIVED, ZERO_WINDOW_SENT, EVENTS };
 enum { LOST_EVENT, LOST_OWNER, LOST_COUNTERS };
 
@@ -217,7 +219,7 @@ static inline void emit(void *ctx, struct sock *sk, int slot, u8 what, u8 oldsta
         __builtin_memcpy(e->saddr, &c.skc_v6_rcv_saddr, sizeof(e->saddr));
         __builtin_memcpy(e->daddr, &c.skc_v6_daddr, sizeof(e->daddr));
     }
-    ipv4 = c.skc_family == AF_INET || (!e->daddr[0] && !e->daddr[1] && e->daddr[2] == htonl(0xffff));
+    ipv4 = IS_IPV4(e->daddr);
     if ((FILTER_IPV4 && !ipv4) || (FILTER_IPV6 && ipv4))
         return;
     if (!IS_WANTED_SADDR(e->saddr) || !IS_WANTED_DADDR(e->daddr))
@@ -665,8 +667,10 @@ def any_network(networks):
         if network.version == 4:
             network = ipaddress.ip_network("::ffff:%s/%d" % (network.network_address, 96 + network.prefixlen))
         words = zip(struct.unpack("=4I", network.network_address.packed), struct.unpack("=4I", network.netmask.packed))
-        ranges.append(" && ".join("((address)[%d] & %du) == %du" % (n, mask, value)
-                                  for n, (value, mask) in enumerate(words) if mask) or "true")
+        parts = ["((address)[%d] & %du) == %du" % (n, mask, value) for n, (value, mask) in enumerate(words) if mask]
+        if network.prefixlen < 96:      # IPv6, which IPv4 in IPv6's clothes is not
+            parts.append("!IS_IPV4(address)")
+        ranges.append(" && ".join(parts))
     return " || ".join("(%s)" % one for one in ranges) if ranges else "true"
 
 

@@ -8,6 +8,7 @@ again. One more run with BPF statistics on gives the time in the kernel; they sl
 
     kept   load while traced / mean of the load before and after, median of the pairs
     ns     BPF run time of all the tool's programs a connection
+    each   BPF run time of the program that runs most often, each time, in ns
     CPU    user and system seconds of the tool from its start to its end
     RSS    resident MB at the end
     start  seconds from start to the first line, median; 2.00: it keeps its first line back
@@ -31,6 +32,12 @@ TREE = pathlib.Path(tempfile.gettempdir()) / "tcp-tracers-tree"
 TOOLS = {
     "tcplife": (["tcplife"], {"libbpf-tools": ["/usr/sbin/tcplife"], "bpfcc-tools": ["/usr/sbin/tcplife-bpfcc"]}),
     "tcplife --owner close": (["tcplife", "--owner", "close"], {}),
+    "tcpaccept": (["tcpaccept"], {"bpfcc-tools": ["/usr/sbin/tcpaccept-bpfcc"]}),
+    "tcpv4connect": (["tcpv4connect"], {"bpfcc-tools": ["/usr/sbin/tcpconnect-bpfcc", "-4"]}),
+    "tcpchurn": (["tcpchurn", str(os.getpid())], {}),
+    "deeptcptracer": (["deeptcptracer"], {}),
+    "deeptcptracer -e tcp_set_state": (["deeptcptracer", "-e", "tcp_set_state"], {
+        "libbpf-tools tcpstates": ["/usr/sbin/tcpstates"], "bpfcc-tools tcpstates": ["/usr/sbin/tcpstates-bpfcc"]}),
 }
 
 
@@ -52,12 +59,12 @@ class Traced:
         time.sleep(0.3)
 
     def programs(self):
-        """IDs of the BPF programs the tool holds, and the nanoseconds they have run."""
+        """{ID: (nanoseconds, times)} that the BPF programs of the tool have run."""
         found = {}
         for path in pathlib.Path("/proc/%d/fdinfo" % self.process.pid).iterdir():
             info = dict(line.split(":\t", 1) for line in path.read_text().splitlines() if ":\t" in line)
             if "prog_id" in info and "run_time_ns" in info:
-                found[info["prog_id"]] = int(info["run_time_ns"])
+                found[info["prog_id"]] = int(info["run_time_ns"]), int(info["run_cnt"])
         return found
 
     def end(self):
@@ -84,17 +91,19 @@ def measure(command, pairs, connections):
     subprocess.run(["sysctl", "-q", "kernel.bpf_stats_enabled=1"], check=True)
     traced = Traced(command)
     load(connections)
-    nanoseconds = sum(traced.programs().values())
+    programs = traced.programs().values()
+    nanoseconds = sum(time for time, _ in programs)
+    each = max((count, time / max(1, count)) for time, count in programs)[1] if programs else 0
     traced.end()
     subprocess.run(["sysctl", "-q", "kernel.bpf_stats_enabled=0"], check=True)
-    return ("%5.2f %5.2f-%4.2f %6.0f %6.2f %5.0f %6.2f %7d" % (
-        statistics.median(kept), min(kept), max(kept), nanoseconds / (2 * connections), statistics.median(cpu), rss,
+    return ("%5.2f %5.2f-%4.2f %6.0f %5.0f %6.2f %5.0f %6.2f %7d" % (
+        statistics.median(kept), min(kept), max(kept), nanoseconds / (2 * connections), each, statistics.median(cpu), rss,
         statistics.median(start), lines))
 
 
 def main():
     parser = argparse.ArgumentParser(description="What tracing costs.")
-    parser.add_argument("-n", "--pairs", type=int, default=7)
+    parser.add_argument("-n", "--pairs", type=int, default=5)
     parser.add_argument("-c", "--connections", type=int, default=20000, help="of each of the two client threads")
     parser.add_argument("tools", nargs="*", default=list(TOOLS), metavar="TOOL")
     args = parser.parse_args()
@@ -103,7 +112,8 @@ def main():
     subprocess.run(["cc", "-O2", "-pthread", "-o", BIN, source], check=True)
     shutil.rmtree(TREE, ignore_errors=True)
     subprocess.run([live.ROOT / "btfheaders.py", TREE], check=True)
-    print("%-34s %5s %10s %6s %6s %5s %6s %7s" % ("", "kept", "range", "ns", "CPU", "RSS", "start", "lines"))
+    print("%-34s %5s %10s %6s %5s %6s %5s %6s %7s" % (
+        "", "kept", "range", "ns", "each", "CPU", "RSS", "start", "lines"))
     load(args.connections)
     for name in args.tools:
         command, peers = TOOLS[name]

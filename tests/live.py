@@ -72,6 +72,17 @@ def compare(known, printed, key):
     return sorted((known - printed).elements()), sorted((printed - known).elements())
 
 
+def entries(tracer, name):
+    """How many entries the tool's BPF map of this name has."""
+    maps = json.loads(subprocess.check_output(["bpftool", "-j", "map", "show", "name", name]))
+    maps = [maps] if isinstance(maps, dict) else maps           # bpftool's form for one and for many
+    ours = {int(info.split("map_id:")[1].split()[0])
+            for path in pathlib.Path("/proc/%d/fdinfo" % tracer.process.pid).iterdir()
+            if "map_id:" in (info := path.read_text())}
+    one, = [entry["id"] for entry in maps if entry["id"] in ours]
+    return len(json.loads(subprocess.check_output(["bpftool", "-j", "map", "dump", "id", str(one)])))
+
+
 class Unseen:
     """How many state changes the kernel traced, but did not show to the tool's BPF program, while the context lasted.
 

@@ -1,0 +1,284 @@
+"""deeptcptracer: each event provoked, and found with the right owner, addresses, state and error."""
+import collections
+import contextlib
+import ctypes
+import os
+import select
+import socket
+import struct
+import time
+import unittest
+
+import live
+import workload
+
+SO_ATTACH_FILTER, TCP_USER_TIMEOUT = 26, 18
+
+
+def deaf(sock):
+    """What comes to this socket from now on is dropped: a filter that keeps 0 bytes."""
+    program = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
+    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HxxxxxxP", 1, ctypes.addressof(program)))
+
+
+@contextlib.contextmanager
+def pair(family=socket.AF_INET):
+    """A connected client and server socket of this process."""
+    host = "::1" if family == socket.AF_INET6 else "127.0.0.1"
+    with socket.create_server((host, 0), family=family) as listener:
+        client = socket.create_connection(listener.getsockname()[:2])
+        server = listener.accept()[0]
+    with client, server:
+        yield client, server
+
+
+def name(sock):
+    """(local address, port, remote address, port)"""
+    return (*sock.getsockname()[:2], *sock.getpeername()[:2])
+
+
+@unittest.skipUnless(live.MAY_TRACE, live.WHY_NOT)
+class Events(unittest.TestCase):
+    maxDiff = None
+    me = os.getpid()
+
+    @contextlib.contextmanager
+    def tracing(self, *args):
+        with live.Tracer("deeptcptracer", "--json", *args) as self.tracer:
+            yield
+
+    def seen(self, *endpoints):
+        """(event, old state, state, error) of the lines with these addresses, in order."""
+        return [(line["event"], line["oldstate"], line["state"], line["sk_err"]) for line in self.tracer.objects
+                if (line["saddr"], line["sport"], line["daddr"], line["dport"]) == endpoints]
+
+    def owners(self, *endpoints):
+        return {line["pid"] for line in self.tracer.objects
+                if (line["saddr"], line["sport"], line["daddr"], line["dport"]) == endpoints}
+
+    def close_in_order(self, family):
+        with self.tracing(), pair(family) as (client, server):
+            there, back = name(client), name(server)
+            client.close()
+            server.recv(1)
+            server.close()
+            time.sleep(0.1)
+        self.assertEqual(self.seen(*there), [
+            ("tcp_set_state()", "SYN_SENT", "ESTABLISHED", None),
+            ("tcp_set_state()", "ESTABLISHED", "FIN_WAIT1", None),
+            ("tcp_send_fin()", "ESTABLISHED", "FIN_WAIT1", None),
+            ("tcp_set_state()", "FIN_WAIT1", "FIN_WAIT2", None),
+            ("tcp_fin()", "FIN_WAIT2", "FIN_WAIT2", None),
+            ("tcp_set_state()", "FIN_WAIT2", "CLOSE", None)])
+        self.assertEqual(self.seen(*back), [
+            ("tcp_set_state()", "SYN_RECV", "ESTABLISHED", None),
+            ("tcp_fin()", "ESTABLISHED", "ESTABLISHED", None),
+            ("tcp_set_state()", "ESTABLISHED", "CLOSE_WAIT", None),
+            ("tcp_set_state()", "CLOSE_WAIT", "LAST_ACK", None),
+            ("tcp_send_fin()", "CLOSE_WAIT", "LAST_ACK", None),
+            ("tcp_set_state()", "LAST_ACK", "CLOSE", None)])
+        self.assertEqual(self.seen(there[0], 0, *there[2:]), [("tcp_set_state()", "CLOSE", "SYN_SENT", None)])
+        self.assertEqual(self.owners(*there), {self.me})
+        self.assertEqual(self.owners(*back), {None, self.me})          # None: before accept()
+
+    def test_close_in_order_ipv4(self):
+        self.close_in_order(socket.AF_INET)
+
+    def test_close_in_order_ipv6(self):
+        self.close_in_order(socket.AF_INET6)
+
+    def test_owners_of_known_processes(self):
+        """In no event a stranger: what workload.py does, compared with all owners that are printed."""
+        with self.tracing():
+            log = workload.work()
+        owner = {(record["laddr"], record["lport"], record["raddr"], record["rport"]): record for record in log}
+        strangers, met = [], set()
+        for line in self.tracer.objects:
+            endpoints = line["saddr"], line["sport"], line["daddr"], line["dport"]
+            record = owner.get(endpoints)
+            if record and line["pid"]:
+                met.add(endpoints)
+                if (line["pid"], line["comm"]) != (record["pid"], record["comm"]):
+                    strangers.append((line, record))
+        self.assertEqual(strangers, [])
+        self.assertGreaterEqual(len(met), len([record for record in log if record["laddr"]]) - 8)    # early ones
+
+    def test_reset_received(self):
+        with self.tracing("-e", "tcp_reset,sock_def_error_report"):
+            with pair() as (client, server):
+                there = name(client)
+                workload.reset(server)
+                time.sleep(0.05)
+            with pair() as (client, server):
+                back = name(server)
+                workload.reset(client)
+                time.sleep(0.05)
+        for endpoints in (there, back):
+            self.assertEqual(self.seen(*endpoints), [
+                ("tcp_reset()", None, "ESTABLISHED", None),
+                ("sock_def_error_report()", None, "CLOSE", "ECONNRESET")])
+            self.assertEqual(self.owners(*endpoints), {self.me})
+
+    def test_refused(self):
+        with self.tracing(), socket.socket() as sock:
+            sock.connect_ex(("127.0.0.9", 9))
+        lines = [(line["event"], line["state"], line["sk_err"], line["pid"]) for line in self.tracer.objects
+                 if line["dport"] == 9]
+        self.assertEqual(lines, [("tcp_set_state()", "SYN_SENT", None, self.me),
+                                 ("tcp_reset()", "SYN_SENT", None, self.me),
+                                 ("tcp_set_state()", "CLOSE", "ECONNREFUSED", self.me),
+                                 ("sock_def_error_report()", "CLOSE", "ECONNREFUSED", self.me)])
+
+    def test_connect_timeout(self):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            deaf(listener)
+            with self.tracing(), socket.socket() as sock:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_SYNCNT, 1)
+                sock.connect_ex(listener.getsockname())
+                port = listener.getsockname()[1]
+        lines = [(line["event"], line["state"], line["sk_err"]) for line in self.tracer.objects
+                 if line["dport"] == port]
+        self.assertEqual(lines[:2], [("tcp_set_state()", "SYN_SENT", None), ("tcp_retransmit_skb()", "SYN_SENT", None)])
+        self.assertEqual(lines[-2:], [("tcp_set_state()", "CLOSE", "ETIMEDOUT"),
+                                      ("sock_def_error_report()", "CLOSE", "ETIMEDOUT")])
+
+    def test_retransmission(self):
+        with self.tracing("-R"), pair() as (client, server):
+            there = name(client)
+            deaf(server)
+            client.send(b"x")
+            time.sleep(0.8)
+            workload.reset(client)
+            workload.reset(server)
+        seen = self.seen(*there)
+        self.assertEqual(set(seen), {("tcp_retransmit_skb()", None, "ESTABLISHED", None)})
+        self.assertEqual(self.owners(*there), {self.me})
+        self.assertTrue(2 <= len(seen) <= 4, seen)
+
+    def test_zero_windows(self):
+        with self.tracing("-e", "tcp_ack,tcp_select_window"), pair() as (client, server):
+            there, back = name(client), name(server)
+            client.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    client.send(bytes(65536))
+                    select.select([], [client], [], 0.1)
+            time.sleep(1)
+            workload.reset(client)
+        self.assertEqual(set(self.seen(*there)), {("tcp_ack()/win==0", None, "ESTABLISHED", None)})
+        self.assertEqual(set(self.seen(*back)), {("tcp_select_window()/win==0", None, "ESTABLISHED", None)})
+        self.assertEqual(self.owners(*there), {self.me})
+
+    def test_half_close(self):
+        with self.tracing("-e", "tcp_send_fin,tcp_fin"), pair() as (client, server):
+            there, back = name(client), name(server)
+            client.shutdown(socket.SHUT_WR)
+            server.recv(1)
+            server.send(b"x")
+            server.close()
+            client.recv(10)
+            time.sleep(0.1)
+        self.assertEqual([event for event, *_ in self.seen(*there)], ["tcp_send_fin()", "tcp_fin()"])
+        self.assertEqual([event for event, *_ in self.seen(*back)], ["tcp_fin()", "tcp_send_fin()"])
+
+    def test_keepalive_failure(self):
+        with self.tracing("-e", "sock_def_error_report"), pair() as (client, server):
+            there = name(client)
+            for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT):
+                client.setsockopt(socket.IPPROTO_TCP, option, 1)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            deaf(server)
+            time.sleep(3)
+            workload.reset(server)
+        self.assertEqual([event[0::3] for event in self.seen(*there)], [("sock_def_error_report()", "ETIMEDOUT")])
+        self.assertEqual(self.owners(*there), {self.me})
+
+    def test_owner_from_before_the_start(self):
+        with pair() as (client, server):
+            there, back = name(client), name(server)
+            with self.tracing("-p", self.me):
+                client.close()
+                server.recv(1)
+                server.close()
+                time.sleep(0.1)
+        for endpoints in (there, back):
+            self.assertEqual(self.owners(*endpoints), {self.me})
+            self.assertIn("CLOSE", [event[2] for event in self.seen(*endpoints)])
+
+    def test_each_event_alone(self):
+        names = ["tcp_set_state", "tcp_send_fin", "tcp_fin", "tcp_reset", "tcp_retransmit_skb", "sock_def_error_report"]
+        with contextlib.ExitStack() as stack:
+            tracers = {one: stack.enter_context(live.Tracer("deeptcptracer", "--json", "-e", one)) for one in names}
+            workload.work(scenarios=["client_close", "client_reset"])
+            with pair() as (client, server):
+                deaf(server)
+                client.send(b"x")
+                time.sleep(0.5)
+        for one, tracer in tracers.items():
+            self.assertEqual({line["event"] for line in tracer.objects}, {one + "()"})
+
+    def test_filters(self):
+        with socket.create_server(("127.0.0.7", 0)) as listener:
+            address, port = listener.getsockname()
+            filters = {("-d", "127.0.0.7"): 1, ("-d", "127.0.0.4/30"): 1, ("-s", "127.0.0.7"): 1,
+                       ("-s", "127.0.0.7/32"): 1, ("-D", port): 1,
+                       ("-S", "1,%d" % port): 1, ("-6",): 0, ("-4", "-D", port): 1, ("-d", "::/0"): 0,
+                       ("-s", "10.0.0.0/8"): 0, ("-d", "fd00::1,127.0.0.7"): 1, ("-p", 1): 0, ("-p", self.me): 1}
+            with contextlib.ExitStack() as stack:
+                tracers = {one: stack.enter_context(live.Tracer("deeptcptracer", "--json", *one)) for one in filters}
+                with socket.create_connection((address, port)):
+                    listener.accept()[0].close()
+                time.sleep(0.1)
+        for one, some in filters.items():
+            ours = [line for line in tracers[one].objects if port in (line["sport"], line["dport"])]
+            self.assertEqual(bool(ours), bool(some), one)
+            if one[0] in ("-d", "-D"):
+                self.assertEqual({line["dport"] for line in ours}, {port} if some else set())
+            if one[0] in ("-s", "-S"):
+                self.assertEqual({line["sport"] for line in ours}, {port} if some else set())
+
+    def test_namespaces(self):
+        with live.Namespaces() as namespaces, live.Tracer("deeptcptracer", "--json") as everywhere, \
+                live.Tracer("deeptcptracer", "--json", "-N", namespaces.client) as one:
+            inodes = [namespaces.inode(namespaces.client), namespaces.inode(namespaces.server)]
+            workload.work(scenarios=["client_close", "server_reset"], **namespaces.where)
+        self.assertTrue({line["netns"] for line in everywhere.objects} >= set(inodes))
+        self.assertEqual({line["netns"] for line in one.objects}, {inodes[0]})
+
+    def test_kernel_stack(self):
+        with self.tracing("-K", "-e", "tcp_set_state"), pair() as (client, _):
+            there = name(client)
+        line = next(line for line in self.tracer.objects
+                    if line["state"] == "SYN_SENT" and line["dport"] == there[3])
+        self.assertIn("tcp_v4_connect", line["stack"][:3])
+        self.assertFalse([frame for frame in line["stack"] if "bpf" in frame or "trace_" in frame])
+        self.assertLess(line["stack"].index("tcp_v4_connect"), line["stack"].index("do_syscall_64")
+                        if "do_syscall_64" in line["stack"] else len(line["stack"]))
+
+    def test_text(self):
+        with live.Tracer("deeptcptracer", "-t") as tracer, pair():
+            pass
+        self.assertEqual(tracer.lines[0], "Tracing TCP events. Ctrl-C to end.")
+        self.assertEqual(tracer.lines[1].split(),
+                         "TIME EVENT_SOURCE PID COMM SOURCE DESTINATION TCP_STATE SK_ERR".split())
+        self.assertRegex(tracer.lines[2], r"^\d\d:\d\d:\d\d\.\d{3} tcp_set_state\(\)         \d+ +\S+ +127.0.0.1:0 +"
+                                          r"127.0.0.1:\d+ +CLOSE -> SYN_SENT$")
+
+    def test_owners_are_forgotten(self):
+        """After many connections the map of owners holds what is still open."""
+        churn = live.Churn()
+        with live.Tracer("deeptcptracer", "-R") as tracer:
+            churn.run(20000, 2)
+            left = live.entries(tracer, "owners")
+        self.assertLess(left, 100)
+
+    def test_ten_thousand_a_second(self):
+        churn = live.Churn()
+        with live.Tracer("deeptcptracer", "-e", "tcp_set_state,tcp_send_fin,tcp_fin", check=False) as tracer:
+            churn.run(10000, 2, 10000)
+        self.assertEqual(tracer.stderr, "")
+        events = collections.Counter(line.split()[0] for line in tracer.lines)
+        changes = collections.Counter(line.split(None, 5)[5].strip() for line in tracer.lines[2:])
+        self.assertEqual(changes["CLOSE -> SYN_SENT"], 20000)
+        self.assertEqual(changes["SYN_RECV -> ESTABLISHED"], 20000)
+        self.assertGreater(events["tcp_set_state()"], 6 * 20000)
