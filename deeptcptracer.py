@@ -524,7 +524,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         prog=PROGRAM, description="Trace what happens to TCP connections",
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)
-    family, which = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
+    which, family = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
     parser.add_argument("-p", "--pid", type=pid, help="show events of this process only")
     parser.add_argument("-t", "--timestamp", action="store_true", help="print the time of each event")
     parser.add_argument("-K", "--kstack", action="store_true", help="print the kernel stack")
@@ -545,7 +545,8 @@ def parse_args(argv=None):
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--duration", metavar="SECONDS", type=seconds, help="end after this time")
     parser.add_argument("--probes", choices=("tracepoint", "kprobe"),
-                        help="use this kind of probe only (default: tracepoints, and kprobes for what has none)")
+                        help="use this kind of probe where there is a choice (default: tracepoints, and "
+                             "kprobes for what has none)")
     args = parser.parse_args(argv)
     if args.retransmissions:
         args.events = {EVENTS.index("tcp_retransmit_skb()")}

@@ -334,7 +334,7 @@ def parse_args(argv=None):
     parser.add_argument("--netns", type=netns, help="trace this network namespace only: inode number, path or name")
     parser.add_argument("--duration", metavar="SECONDS", type=seconds, help="end after this time")
     parser.add_argument("--probes", choices=("tracepoint", "kprobe"),
-                        help="use this kind of probe only (default: the kprobe where the kernel has kprobes)")
+                        help="use this kind of probe (default: the kprobe where the kernel has kprobes)")
     return parser.parse_args(argv)
 
 

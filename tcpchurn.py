@@ -8,7 +8,7 @@
 #
 # O counts connections that the process opened: accept() calls that returned one, and connect() attempts. C counts those
 # that ended on this side: the process sent its FIN (close, shutdown, exit), or the connection was torn down (reset,
-# timeout, abort), each once. So O - C under ALL are the connections opened since the start and still open.
+# timeout, abort), each once. So O - C under ALL is by how much the open connections have grown since the start.
 #
 # Traces the sock:inet_sock_set_state tracepoint (tcp_set_state() before Linux 4.17), tcp:tcp_destroy_sock, accept() and
 # the exit of the process. The kernel side counts in buckets of time; no event comes to user space, at any rate.
@@ -379,7 +379,8 @@ def parse_args(argv=None):
     parser.add_argument("--netns", type=netns, help="count in this network namespace only: inode number, path or name")
     parser.add_argument("--duration", metavar="SECONDS", type=seconds, help="end after this time")
     parser.add_argument("--probes", choices=("tracepoint", "kprobe"),
-                        help="use this kind of probe only (default: tracepoints, and kprobes for what has none)")
+                        help="use this kind of probe where there is a choice (default: tracepoints, and "
+                             "kprobes for what has none)")
     args = parser.parse_args(argv)
     # "-w 1 5 10 PID": the last of them is the process
     if args.pid is None and args.windows and len(args.windows) > 1:

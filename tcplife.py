@@ -428,7 +428,8 @@ def parse_args(argv=None):
                         help="who owns a session that came in: the process that accepted it (default), or the one "
                              "that closed it, which spares the probe on accept()")
     parser.add_argument("--probes", choices=("tracepoint", "kprobe"),
-                        help="use this kind of probe only (default: tracepoints, and kprobes for what has none)")
+                        help="use this kind of probe where there is a choice (default: tracepoints, and "
+                             "kprobes for what has none)")
     return parser.parse_args(argv)
 
 

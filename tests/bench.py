@@ -97,8 +97,8 @@ def measure(command, pairs, connections):
     traced.end()
     subprocess.run(["sysctl", "-q", "kernel.bpf_stats_enabled=0"], check=True)
     return ("%5.2f %5.2f-%4.2f %6.0f %5.0f %6.2f %5.0f %6.2f %7d" % (
-        statistics.median(kept), min(kept), max(kept), nanoseconds / (2 * connections), each, statistics.median(cpu), rss,
-        statistics.median(start), lines))
+        statistics.median(kept), min(kept), max(kept), nanoseconds / (2 * connections), each,
+        statistics.median(cpu), rss, statistics.median(start), lines))
 
 
 def main():
