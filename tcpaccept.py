@@ -52,7 +52,7 @@ examples = """examples:
 
 KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "files_struct", "fdtable", "file", "socket", "inet_bind_bucket",
                 "nsproxy"]
-RECENT = 1 << 14                # connections that are remembered as accepted
+RECENT = 1024                   # connections a CPU that are remembered as accepted
 RING_PAGES = 512                # 2 MiB: 18,000 accepts, most of a second of the fastest load measured
 PERF_PAGES = 256                # a CPU, where there is no ring buffer
 INTERVAL = 0.1                  # seconds between two looks at the ring buffer
@@ -201,14 +201,18 @@ struct connection {
     u64 sk;
     u64 isn;
 };
-BPF_TABLE("lru_hash", struct connection, u8, recent, RECENT);
+BPF_HASH(recent, struct connection, u8, 2 * RECENT * CPUS);
+BPF_PERCPU_ARRAY(ring, struct connection, RECENT);      /* the same in their order, to forget the oldest */
+BPF_PERCPU_ARRAY(newest, u32, 1);
 
 static inline bool is_new(struct sock *sk)
 {
     struct tcp_sock *tp = (struct tcp_sock *)sk;
     struct connection key = {.sk = (u64)sk};
+    struct connection *oldest;
     u64 bytes_acked = 0;
-    u32 snd_una = 0;
+    u32 snd_una = 0, *n;
+    int zero = 0;
     u8 seen = 1;
 
     if (protocol_of(sk) != IPPROTO_TCP)
@@ -216,7 +220,18 @@ static inline bool is_new(struct sock *sk)
     bpf_probe_read_kernel(&snd_una, sizeof(snd_una), &tp->snd_una);
     bpf_probe_read_kernel(&bytes_acked, sizeof(bytes_acked), &tp->bytes_acked);
     key.isn = snd_una - (u32)bytes_acked;
-    return !recent.insert(&key, &seen);
+    if (recent.insert(&key, &seen) == -EEXIST)
+        return false;
+    n = newest.lookup(&zero);
+    if (!n)
+        return true;
+    *n = (*n + 1) % RECENT;
+    oldest = ring.lookup(n);
+    if (oldest) {
+        recent.delete(oldest);
+        *oldest = key;
+    }
+    return true;
 }
 
 /* A port that connect() has chosen is in a bucket of its own kind: this socket came from there, not from accept(). */
@@ -436,6 +451,7 @@ def cflags(args):
     """The arguments as macros of the C text; only numbers get there."""
     macros = {
         "RECENT": RECENT,
+        "CPUS": os.sysconf("SC_NPROCESSORS_CONF"),
         "FILTER_PID": args.pid or 0,
         "FILTER_NETNS": args.netns or 0,
         "FILTER_IPV4": int(args.ipv4),

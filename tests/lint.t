@@ -21,7 +21,8 @@ options_documented() {
 
 help_in_example() {     # the file ends with it, whatever this version of argparse calls its sections
     COLUMNS=80 "$python" "$1.py" --help | sed 's/^options:$/optional arguments:/' >"$tmp/help"
-    sed 's/^options:$/optional arguments:/' "examples/$1_example.txt" | tail -n "$(wc -l <"$tmp/help")" | diff "$tmp/help" -
+    sed 's/^options:$/optional arguments:/' "examples/$1_example.txt" | tail -n "$(wc -l <"$tmp/help")" |
+        diff "$tmp/help" -
 }
 
 mandoc_clean() {

@@ -2,6 +2,7 @@
 # Install what the demo or the tests need, with the system's package manager.
 #
 # usage: packages.sh demo|test
+# shellcheck disable=SC2086     # lists of packages are meant to be split
 set -eu
 
 install() {     # install COMMAND... with the packages of the chosen kind
