@@ -882,9 +882,24 @@ def clock(second):
     return time.strftime("%H:%M:%S", time.localtime(second))
 
 
+# A connection has many events, and a line is made of parts that come again: these are worth remembering.
+@functools.lru_cache(maxsize=16384)
 def endpoint(packed, port):
     text = address(packed)
-    return ("[%s]:%d" if ":" in text else "%s:%d") % (text, port)
+    return "%-21s " % (("[%s]:%d" if ":" in text else "%s:%d") % (text, port))
+
+
+@functools.lru_cache(maxsize=4096)
+def who(event, pid, comm):
+    return "%-23s %-6s %-16s " % (EVENTS[event], pid or "N/A", printable(comm) if pid else "N/A")
+
+
+@functools.lru_cache(maxsize=1024)
+def what(event, oldstate, state, sk_err):
+    states = STATES[state]
+    if EVENTS[event] == "tcp_set_state()":
+        states = "%s -> %s" % (STATES[oldstate], states)
+    return ("%-24s %s" % (states, errno.errorcode.get(sk_err, sk_err) if sk_err else "")).rstrip()
 
 
 def stack_of(bcc, frames):
@@ -910,17 +925,14 @@ def json_object(args, bcc, record, wall):
 
 def text_lines(args, bcc, record, wall):
     _, _, ts, pid, _, saddr, daddr, sport, dport, event, oldstate, state, _, sk_err, size, comm = record[:16]
-    states = STATES[state]
-    if EVENTS[event] == "tcp_set_state()":
-        states = "%s -> %s" % (STATES[oldstate], states)
-    when = ts + wall
-    line = args.timestamp * ("%s.%03d " % (clock(when // 10 ** 9), when // 10 ** 6 % 1000)) + FORM % (
-        EVENTS[event], pid or "N/A", printable(comm) if pid else "N/A", endpoint(saddr, sport), endpoint(daddr, dport),
-        states, errno.errorcode.get(sk_err, sk_err) if sk_err else "")
-    lines = [line.rstrip()]
+    line = (who(event, pid, comm) + endpoint(saddr, sport) + endpoint(daddr, dport) +
+            what(event, oldstate, state, sk_err) + "\n")
+    if args.timestamp:
+        when = ts + wall
+        line = "%s.%03d " % (clock(when // 10 ** 9), when // 10 ** 6 % 1000) + line
     if args.kstack and size > 0:
-        lines += ["    " + name for name in stack_of(bcc, record[16:16 + size // 8])] + [""]
-    return "\n".join(lines) + "\n"
+        line += "".join("    %s\n" % name for name in stack_of(bcc, record[16:16 + size // 8])) + "\n"
+    return line
 
 
 def header(args):

@@ -198,7 +198,10 @@ static inline void birth(struct sock *sk, bool active)
 /* A socket that only now begins: what is known of it belongs to one whose end was not seen. */
 static inline void forget(struct sock *sk)
 {
-    if (!sessions.delete(&sk) || !unclaimed.delete(&sk))
+    /* lookup() takes no lock, delete() does */
+    if (sessions.lookup(&sk) && !sessions.delete(&sk))
+        count_lost(LOST_END);
+    if (unclaimed.lookup(&sk) && !unclaimed.delete(&sk))
         count_lost(LOST_END);
 }
 
