@@ -537,7 +537,8 @@ def attach(bpf, args):
     if "KPROBE_STATE" in sides:
         bpf.attach_kprobe(event="tcp_set_state", fn_name="kprobe_set_state")
         bpf.attach_kprobe(event="tcp_v4_destroy_sock", fn_name="kprobe_destroy")
-        bpf.attach_kprobe(event="taskstats_exit", fn_name="kprobe_exit")
+        with contextlib.suppress(Exception):    # a kernel without CONFIG_TASKSTATS: the look at /proc has to do
+            bpf.attach_kprobe(event="taskstats_exit", fn_name="kprobe_exit")
     else:
         bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name="tracepoint_set_state")
         bpf.attach_raw_tracepoint(tp="tcp_destroy_sock", fn_name="tracepoint_destroy")
