@@ -77,7 +77,7 @@ nothing_left() {
 }
 
 ten_at_once() {
-    tool=$1
+    tool=$1 pids=
     shift
     for n in 0 1 2 3 4 5 6 7 8 9; do
         exits 0 '' "./$tool" "$@" --duration 4 >"$tmp/many$n" 2>&1 &
