@@ -54,12 +54,21 @@ alone() {
     fi
 }
 
-# A signal at any moment of the start: quiet, status 0, and nothing is left
+# A signal at any moment once Python itself has started: quiet, status 0, and nothing is left
 signalled() {
     signal=$1
     shift
-    for delay in 0.04 0.07 0.1 0.15 0.2 0.25 0.3 0.5; do
-        exits 0 '' timeout --preserve-status -s "$signal" $delay "./$@" || { echo "after $delay s"; return 1; }
+    for delay in 0 0.03 0.06 0.1 0.15 0.2 0.3 0.5; do
+        "./$@" >"$tmp/out" 2>"$tmp/err" &
+        pid=$!
+        until grep -q '^SigBlk:.*4002$' "/proc/$pid/status"; do
+            sleep 0.01
+            [ -d "/proc/$pid" ] || return 1
+        done
+        sleep $delay
+        kill -s "$signal" $pid
+        wait $pid || { echo "status $?, signal after $delay s"; return 1; }
+        ! grep . "$tmp/err" || return 1
     done
     nothing_left
 }
