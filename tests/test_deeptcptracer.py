@@ -2,7 +2,6 @@
 import collections
 import contextlib
 import ctypes
-import functools
 import os
 import select
 import socket
@@ -14,22 +13,6 @@ import live
 import workload
 
 SO_ATTACH_FILTER, TCP_USER_TIMEOUT = 26, 18
-
-
-def by_timer(test):
-    """For events that a timer causes: one of three tries has to be right to the last line.
-
-    A timer's interrupt may come while a task is current for which this kernel runs no BPF program: see live.Unseen.
-    """
-    @functools.wraps(test)
-    def tries(self):
-        for attempt in (1, 2, 3):
-            try:
-                return test(self)
-            except AssertionError:
-                if attempt == 3:
-                    raise
-    return tries
 
 
 def retransmitted(sock):
@@ -151,7 +134,7 @@ class Events(unittest.TestCase):
                                  ("tcp_set_state()", "CLOSE", "ECONNREFUSED", self.me),
                                  ("sock_def_error_report()", "CLOSE", "ECONNREFUSED", self.me)])
 
-    @by_timer
+    @live.by_timer
     def test_connect_timeout(self):
         with socket.create_server(("127.0.0.1", 0)) as listener:
             deaf(listener)
@@ -165,7 +148,7 @@ class Events(unittest.TestCase):
         self.assertEqual(lines[-2:], [("tcp_set_state()", "CLOSE", "ETIMEDOUT"),
                                       ("sock_def_error_report()", "CLOSE", "ETIMEDOUT")])
 
-    @by_timer
+    @live.by_timer
     def test_retransmission(self):
         with self.tracing("-R"), pair() as (client, server):
             there = name(client)
@@ -180,7 +163,7 @@ class Events(unittest.TestCase):
         self.assertEqual(self.owners(*there), {self.me})
         self.assertEqual(len(seen), count)
 
-    @by_timer
+    @live.by_timer
     def test_zero_windows(self):
         with self.tracing("-e", "tcp_ack,tcp_select_window"), pair() as (client, server):
             there, back = name(client), name(server)
@@ -207,7 +190,7 @@ class Events(unittest.TestCase):
         self.assertEqual([event for event, *_ in self.seen(*there)], ["tcp_send_fin()", "tcp_fin()"])
         self.assertEqual([event for event, *_ in self.seen(*back)], ["tcp_fin()", "tcp_send_fin()"])
 
-    @by_timer
+    @live.by_timer
     def test_keepalive_failure(self):
         with self.tracing("-e", "sock_def_error_report"), pair() as (client, server):
             there = name(client)
@@ -232,7 +215,7 @@ class Events(unittest.TestCase):
             self.assertEqual(self.owners(*endpoints), {self.me})
             self.assertIn("CLOSE", [event[2] for event in self.seen(*endpoints)])
 
-    @by_timer
+    @live.by_timer
     def test_each_event_alone(self):
         names = ["tcp_set_state", "tcp_send_fin", "tcp_fin", "tcp_reset", "tcp_retransmit_skb", "sock_def_error_report"]
         with contextlib.ExitStack() as stack:

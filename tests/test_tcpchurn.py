@@ -155,6 +155,7 @@ class Truth(unittest.TestCase):
         self.assertEqual(tracer.stderr, "tcpchurn: process %d has ended\n" % actor.pid)
         return tracer.objects, moments
 
+    @live.by_timer
     def test_totals_and_windows(self):
         updates, (opened, closed, early, again, quiet) = self.scenario()
 
@@ -177,14 +178,17 @@ class Truth(unittest.TestCase):
         # the process has ended, and with it all it had opened, and the three from before
         self.assertEqual(updates[-1]["all"], {"opened": 99, "accepted": 34, "connected": 65, "closed": 102})
 
+    @live.by_timer
     def test_tracepoints_only(self):
         updates, _ = self.scenario("--probes", "tracepoint")
         self.assertEqual(updates[-1]["all"], {"opened": 99, "accepted": 34, "connected": 65, "closed": 102})
 
+    @live.by_timer
     def test_private_addresses_are_ignored(self):
         updates, _ = self.scenario("--ignore-private")
         self.assertEqual(updates[-1]["all"], {"opened": 0, "accepted": 0, "connected": 0, "closed": 0})
 
+    @live.by_timer
     def test_another_namespace(self):
         with live.Namespaces() as namespaces:
             updates, _ = self.scenario("--netns", namespaces.server)
@@ -208,6 +212,7 @@ class Truth(unittest.TestCase):
                                 check=False)
         self.assertEqual((result.returncode, result.stderr), (1, "tcpchurn: no such process: %d\n" % pid))
 
+    @live.by_timer
     def test_any_rate_costs_the_same(self):
         churn = live.Churn()
         ticks = {}
