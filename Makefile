@@ -1,5 +1,6 @@
 # make demo      see the tools at work on connections of their own (installs what is missing; as root)
 # make test      all tests (installs what is missing; as root)
+# make test-kernels   the tools on other kernels, in virtual machines, with their releases' own bcc (KERNELS=bookworm: one)
 # make lint      the static part of the tests
 # make bench     what tracing costs, beside the load untraced and beside the peers that are installed
 # make install   tools, man pages and examples below PREFIX (default /usr/local), DESTDIR before it
@@ -11,6 +12,7 @@ DESTDIR ?=
 PYTHON  ?= /usr/bin/python3
 TOOLS   = tcplife tcpaccept tcpv4connect tcpchurn deeptcptracer
 TESTS   = tests/lint.t tests/unit.t tests/cli.t tests/live.t
+KERNELS = bullseye bookworm trixie sid
 RUFF    = .venv/bin/ruff
 RUFF_VERSION = 0.17.6
 
@@ -27,6 +29,9 @@ demo: deps-demo
 test: deps-test $(RUFF)
 	PYTHON=$(PYTHON) prove --directives $(TESTS)
 
+test-kernels: deps-kernels
+	sh tests/kernels.sh $(KERNELS)
+
 lint: deps-test $(RUFF)
 	PYTHON=$(PYTHON) prove --directives tests/lint.t
 
@@ -41,6 +46,11 @@ deps-test: deps-demo
 	@$(PYTHON) -c 'import tap, venv, ensurepip' 2>/dev/null && command -v prove >/dev/null && \
 	 command -v shellcheck >/dev/null && command -v mandoc >/dev/null && command -v cc >/dev/null && \
 	 command -v col >/dev/null && command -v bpftool >/dev/null || sh tests/packages.sh test
+
+deps-kernels:
+	@command -v qemu-system-x86_64 >/dev/null && command -v mmdebstrap >/dev/null && command -v busybox >/dev/null && \
+	 command -v cpio >/dev/null && command -v modprobe >/dev/null && command -v xz >/dev/null && \
+	 command -v zstd >/dev/null || sh tests/packages.sh kernels
 
 $(RUFF):
 	$(PYTHON) -m venv .venv
@@ -64,4 +74,4 @@ uninstall:
 	rm -f $(SBIN)/btfheaders.py
 	-rmdir $(DOC) $(dir $(DOC)) 2>/dev/null
 
-.PHONY: help tools demo test lint bench deps-demo deps-test install uninstall
+.PHONY: help tools demo test test-kernels lint bench deps-demo deps-test deps-kernels install uninstall

@@ -34,8 +34,8 @@ VMLINUX_BTF = "/sys/kernel/btf/vmlinux"
 BCC_TYPES = ["pt_regs", "__be16", "__be32", "__be64", "__wsum", "__sum16"]
 # What networking and scheduling tools usually look at; for the command line.
 COMMON_TYPES = """
-    tcp_sock tcp6_sock udp_sock inet_timewait_sock mptcp_sock net sk_buff iphdr ipv6hdr tcphdr udphdr sockaddr_in
-    sockaddr_in6 task_struct files_struct fdtable file socket
+    tcp_sock tcp6_sock udp_sock inet_timewait_sock inet_bind_bucket mptcp_sock net sk_buff iphdr ipv6hdr tcphdr udphdr
+    sockaddr_in sockaddr_in6 task_struct signal_struct nsproxy files_struct fdtable file socket
 """.split()
 
 # Each of these becomes a line that includes vmlinux.h: what bcc's own headers include, and what tools include.

@@ -82,7 +82,7 @@ bpf_text = r"""
 #define IS_IPV4(address) (!(address)[0] && !(address)[1] && (address)[2] == htonl(0xffff))
 
 enum { SET_STATE, SEND_FIN, FIN, RESET, RETRANSMIT, ERROR, ZERO_WINDOW_RECEIVED, ZERO_WINDOW_SENT, EVENTS };
-enum { LOST_EVENT, LOST_OWNER, LOST_COUNTERS };
+enum { LOST_EVENT, LOST_OWNER, NOT_LOST, LOST_COUNTERS };
 
 struct owner {
     u32 pid;
@@ -98,20 +98,30 @@ struct event {
     s32 sk_err;
     s32 stack_size;             /* bytes */
     char comm[TASK_COMM_LEN];
-#ifdef STACK_DEPTH
-    u64 stack[STACK_DEPTH];
-#endif
 };
+
+#ifdef STACK_DEPTH
+struct event_with_stack {       /* too large for a program's own stack */
+    struct event event;
+    u64 stack[STACK_DEPTH];
+};
+#endif
 
 BPF_HASH(owners, struct sock *, struct owner, MAX_SOCKETS);
 BPF_HASH(existing, u64, struct owner, MAX_SOCKETS);     /* of sockets from before the start, by cookie */
-/* Too large for the stack. One for each event: a program may interrupt another one, but never itself. */
-BPF_PERCPU_ARRAY(scratch, struct event, EVENTS);
 BPF_ARRAY(lost, u64, LOST_COUNTERS);
+/*
+ * The kernel lets no program interrupt itself: if a softirq comes while tracepoint_set_state() runs, all its state
+ * changes are skipped there, and go to a twin.
+ */
+BPF_PERCPU_ARRAY(at_work, u32, 1);
 #ifdef RING_PAGES
 BPF_RINGBUF_OUTPUT(events, RING_PAGES);
 #else
 BPF_PERF_OUTPUT(events);
+#ifdef STACK_DEPTH
+BPF_PERCPU_ARRAY(scratch, struct event_with_stack, 1);
+#endif
 #endif
 
 static inline void count_lost(int what)
@@ -195,62 +205,77 @@ static inline void disown(struct sock *sk)
         existing.delete(&cookie);
 }
 
-static inline void emit(void *ctx, struct sock *sk, int slot, u8 what, u8 oldstate, u8 state)
+/* Nobody is woken: the reader comes by itself. */
+static inline void submit(void *ctx, struct event *e)
 {
-    struct event *e = scratch.lookup(&slot);
-    struct owner *o = owner_of(sk);
-    struct sock_common c;
-    bool ipv4;
+#if defined(STACK_DEPTH) && defined(RING_PAGES)
+    struct event_with_stack *s = events.ringbuf_reserve(sizeof(*s));
 
-    if (!e || (FILTER_PID && (!o || o->pid != FILTER_PID)))
+    if (!s) {
+        count_lost(LOST_EVENT);
         return;
-    bpf_probe_read_kernel(&c, sizeof(c), &sk->__sk_common);
-    bpf_probe_read_kernel(&e->sport, sizeof(e->sport), &((struct inet_sock *)sk)->inet_sport);
-    e->sport = ntohs(e->sport);
-    e->dport = ntohs(c.skc_dport);
-    if (!IS_WANTED_SPORT(e->sport) || !IS_WANTED_DPORT(e->dport))
-        return;
-    if (c.skc_family == AF_INET) {
-        e->saddr[0] = e->saddr[1] = e->daddr[0] = e->daddr[1] = 0;
-        e->saddr[2] = e->daddr[2] = htonl(0xffff);
-        e->saddr[3] = c.skc_rcv_saddr;
-        e->daddr[3] = c.skc_daddr;
-    } else {
-        __builtin_memcpy(e->saddr, &c.skc_v6_rcv_saddr, sizeof(e->saddr));
-        __builtin_memcpy(e->daddr, &c.skc_v6_daddr, sizeof(e->daddr));
     }
-    ipv4 = IS_IPV4(e->daddr);
-    if ((FILTER_IPV4 && !ipv4) || (FILTER_IPV6 && ipv4))
+    s->event = *e;
+    s->event.stack_size = bpf_get_stack(ctx, s->stack, sizeof(s->stack), 0);
+    events.ringbuf_submit(s, BPF_RB_NO_WAKEUP);
+#elif defined(STACK_DEPTH)
+    int zero = 0;
+    struct event_with_stack *s = scratch.lookup(&zero);
+
+    if (!s)
         return;
-    if (!IS_WANTED_SADDR(e->saddr) || !IS_WANTED_DADDR(e->daddr))
-        return;
-    e->netns = netns_of(sk);
-    if (FILTER_NETNS && e->netns != FILTER_NETNS)
-        return;
-    e->ts = bpf_ktime_get_ns();
-    e->event = what;
-    e->oldstate = oldstate;
-    e->state = state;
-    e->pad = 0;
-    bpf_probe_read_kernel(&e->sk_err, sizeof(e->sk_err), &sk->sk_err);
-    e->pid = 0;
-    __builtin_memset(e->comm, 0, sizeof(e->comm));
-    if (o) {
-        e->pid = o->pid;
-        __builtin_memcpy(e->comm, o->comm, sizeof(e->comm));
-    }
-    e->stack_size = 0;
-#ifdef STACK_DEPTH
-    e->stack_size = bpf_get_stack(ctx, e->stack, sizeof(e->stack), 0);
-#endif
-#ifdef RING_PAGES
-    /* Nobody is woken: the reader comes by itself. */
+    s->event = *e;
+    s->event.stack_size = bpf_get_stack(ctx, s->stack, sizeof(s->stack), 0);
+    /* An interrupt may have used it, too. */
+    if (s->event.ts != e->ts || events.perf_submit(ctx, s, sizeof(*s)))
+        count_lost(LOST_EVENT);
+#elif defined(RING_PAGES)
     if (events.ringbuf_output(e, sizeof(*e), BPF_RB_NO_WAKEUP))
         count_lost(LOST_EVENT);
 #else
     if (events.perf_submit(ctx, e, sizeof(*e)))
         count_lost(LOST_EVENT);
 #endif
+}
+
+static inline void emit(void *ctx, struct sock *sk, u8 what, u8 oldstate, u8 state)
+{
+    struct event e = {.event = what, .oldstate = oldstate, .state = state};
+    struct owner *o = owner_of(sk);
+    struct sock_common c;
+    bool ipv4;
+
+    if (FILTER_PID && (!o || o->pid != FILTER_PID))
+        return;
+    bpf_probe_read_kernel(&c, sizeof(c), &sk->__sk_common);
+    bpf_probe_read_kernel(&e.sport, sizeof(e.sport), &((struct inet_sock *)sk)->inet_sport);
+    e.sport = ntohs(e.sport);
+    e.dport = ntohs(c.skc_dport);
+    if (!IS_WANTED_SPORT(e.sport) || !IS_WANTED_DPORT(e.dport))
+        return;
+    if (c.skc_family == AF_INET) {
+        e.saddr[2] = e.daddr[2] = htonl(0xffff);
+        e.saddr[3] = c.skc_rcv_saddr;
+        e.daddr[3] = c.skc_daddr;
+    } else {
+        __builtin_memcpy(e.saddr, &c.skc_v6_rcv_saddr, sizeof(e.saddr));
+        __builtin_memcpy(e.daddr, &c.skc_v6_daddr, sizeof(e.daddr));
+    }
+    ipv4 = IS_IPV4(e.daddr);
+    if ((FILTER_IPV4 && !ipv4) || (FILTER_IPV6 && ipv4))
+        return;
+    if (!IS_WANTED_SADDR(e.saddr) || !IS_WANTED_DADDR(e.daddr))
+        return;
+    e.netns = netns_of(sk);
+    if (FILTER_NETNS && e.netns != FILTER_NETNS)
+        return;
+    e.ts = bpf_ktime_get_ns();
+    bpf_probe_read_kernel(&e.sk_err, sizeof(e.sk_err), &sk->sk_err);
+    if (o) {
+        e.pid = o->pid;
+        __builtin_memcpy(e.comm, o->comm, sizeof(e.comm));
+    }
+    submit(ctx, &e);
 }
 
 /* tcp_fin() marks the socket as done; else FIN_WAIT2 may end by a timeout or go on as a TIME_WAIT socket. */
@@ -283,11 +308,11 @@ static inline void state_change(void *ctx, struct sock *sk, int oldstate, int ne
     if (newstate == TCP_LISTEN)         /* not by tcp_set_state() */
         return;
     if (IS_CHOSEN(FIN) && fin_has_come(sk, oldstate, newstate))
-        emit(ctx, sk, SET_STATE, FIN, oldstate, oldstate);
+        emit(ctx, sk, FIN, oldstate, oldstate);
     if (IS_CHOSEN(SET_STATE))
-        emit(ctx, sk, SET_STATE, SET_STATE, oldstate, newstate);
+        emit(ctx, sk, SET_STATE, oldstate, newstate);
     if (IS_CHOSEN(SEND_FIN) && sends_fin)
-        emit(ctx, sk, SET_STATE, SEND_FIN, oldstate, newstate);
+        emit(ctx, sk, SEND_FIN, oldstate, newstate);
 }
 
 static inline void segment_received(void *ctx, struct sock *sk, struct sk_buff *skb)
@@ -302,12 +327,12 @@ static inline void segment_received(void *ctx, struct sock *sk, struct sk_buff *
         bpf_probe_read_kernel(&offset, sizeof(offset), &skb->transport_header);
         bpf_probe_read_kernel(&th, sizeof(th), head + offset);
         if (!th.window && th.ack && !th.rst)
-            emit(ctx, sk, ZERO_WINDOW_RECEIVED, ZERO_WINDOW_RECEIVED, 0, state_of(sk));
+            emit(ctx, sk, ZERO_WINDOW_RECEIVED, 0, state_of(sk));
     }
     if (IS_CHOSEN(ZERO_WINDOW_SENT)) {
         bpf_probe_read_kernel(&rcv_wnd, sizeof(rcv_wnd), &((struct tcp_sock *)sk)->rcv_wnd);
         if (!rcv_wnd)
-            emit(ctx, sk, ZERO_WINDOW_RECEIVED, ZERO_WINDOW_SENT, 0, state_of(sk));
+            emit(ctx, sk, ZERO_WINDOW_SENT, 0, state_of(sk));
     }
 }
 
@@ -337,13 +362,13 @@ int kprobe_destroy(struct pt_regs *ctx, struct sock *sk)
 
 int kprobe_reset(struct pt_regs *ctx, struct sock *sk)
 {
-    emit(ctx, sk, RESET, RESET, 0, state_of(sk));
+    emit(ctx, sk, RESET, 0, state_of(sk));
     return 0;
 }
 
 int kprobe_retransmit(struct pt_regs *ctx, struct sock *sk)
 {
-    emit(ctx, sk, RETRANSMIT, RETRANSMIT, 0, state_of(sk));
+    emit(ctx, sk, RETRANSMIT, 0, state_of(sk));
     return 0;
 }
 
@@ -355,7 +380,27 @@ int kprobe_segment(struct pt_regs *ctx, struct sock *sk, struct sk_buff *skb)
 #else
 int tracepoint_set_state(struct bpf_raw_tracepoint_args *ctx)
 {
+    int zero = 0;
+    u32 *busy = at_work.lookup(&zero);
+
+    if (!busy)
+        return 0;
+    *busy = 1;
     state_change(ctx, (struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
+    *busy = 0;
+    return 0;
+}
+
+/* Runs after it. What the kernel has skipped comes here while it is still at work. */
+int tracepoint_nested_state(struct bpf_raw_tracepoint_args *ctx)
+{
+    int zero = 0;
+    u32 *busy = at_work.lookup(&zero);
+
+    if (busy && *busy) {
+        count_lost(NOT_LOST);
+        state_change(ctx, (struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
+    }
     return 0;
 }
 
@@ -369,7 +414,7 @@ int tracepoint_reset(struct bpf_raw_tracepoint_args *ctx)
 {
     struct sock *sk = (struct sock *)ctx->args[0];
 
-    emit(ctx, sk, RESET, RESET, 0, state_of(sk));
+    emit(ctx, sk, RESET, 0, state_of(sk));
     return 0;
 }
 
@@ -377,7 +422,7 @@ int tracepoint_retransmit(struct bpf_raw_tracepoint_args *ctx)
 {
     struct sock *sk = (struct sock *)ctx->args[0];
 
-    emit(ctx, sk, RETRANSMIT, RETRANSMIT, 0, state_of(sk));
+    emit(ctx, sk, RETRANSMIT, 0, state_of(sk));
     return 0;
 }
 
@@ -395,7 +440,7 @@ static inline void error_reported(void *ctx, struct sock *sk)
     /* sockets of every kind report errors here */
     bpf_probe_read_kernel(&family, sizeof(family), &sk->__sk_common.skc_family);
     if ((family == AF_INET || family == AF_INET6) && protocol_of(sk) == IPPROTO_TCP)
-        emit(ctx, sk, ERROR, ERROR, 0, state_of(sk));
+        emit(ctx, sk, ERROR, 0, state_of(sk));
 }
 
 #ifdef KPROBE_ERROR
@@ -445,7 +490,8 @@ int tracepoint_accept(struct syscall_exit *ctx)
 
     if (ctx->ret < 0)
         return 0;
-    bpf_probe_read_kernel(&files, sizeof(files), &task->files);
+    /* not &task->files: LLVM 11 gets that wrong by 16 bytes */
+    bpf_probe_read_kernel(&files, sizeof(files), (void *)task + __builtin_offsetof(struct task_struct, files));
     bpf_probe_read_kernel(&fdt, sizeof(fdt), &files->fdt);
     bpf_probe_read_kernel(&fds, sizeof(fds), &fdt->fd);
     bpf_probe_read_kernel(&file, sizeof(file), &fds[ctx->ret]);
@@ -697,6 +743,14 @@ def cflags(args):
     return ["-g0"] + ["-D%s=(%s)" % item for item in macros.items()]     # nobody debugs it: a tenth of the start
 
 
+def attach_twin(bpf):
+    """bcc itself attaches but one program to a raw tracepoint."""
+    import bcc
+    twin = bpf.load_func("tracepoint_nested_state", bcc.BPF.RAW_TRACEPOINT)
+    if bcc.lib.bpf_attach_raw_tracepoint(twin.fd, b"inet_sock_set_state") < 0:
+        raise OSError("Failed to attach BPF to raw tracepoint")
+
+
 def attach(bpf, args):
     sides = kprobe_sides(args)
     chosen = {EVENTS[event].partition("(")[0] for event in args.events}
@@ -716,6 +770,8 @@ def attach(bpf, args):
             bpf.attach_kprobe(event=function, fn_name="kprobe_" + name)
         else:
             bpf.attach_raw_tracepoint(tp=tracepoint, fn_name="tracepoint_" + name)
+    if "KPROBE_STATE" not in sides:
+        attach_twin(bpf)
     if "KPROBE_ACCEPT" in sides:
         try:
             bpf.attach_kprobe(event="security_sock_graft", fn_name="kprobe_accept")
@@ -787,12 +843,14 @@ def open_perf(bpf, record_form):
 def losses(bpf):
     """How often each kind of loss has happened since the start, as {what: count}."""
     missed = 0
-    for function in bpf.funcs.values():
+    for name, function in bpf.funcs.items():
+        if name == b"tracepoint_nested_state":
+            continue
         with open("/proc/self/fdinfo/%d" % function.fd) as info:        # the line exists since Linux 5.12
             missed += sum(int(n) for n in re.findall("recursion_misses:\\s*([0-9]+)", info.read()))
     return {"events lost: the ring buffer was full": bpf["lost"][0].value,
             "owners lost: the map of live sockets was full": bpf["lost"][1].value,
-            "events lost: they interrupted another one": missed}
+            "events lost: they interrupted another one": missed - bpf["lost"][2].value}
 
 
 # sockets from before the start

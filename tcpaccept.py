@@ -258,7 +258,8 @@ int tracepoint_accept(struct syscall_exit *ctx)
 
     if (ctx->ret < 0)
         return 0;
-    bpf_probe_read_kernel(&files, sizeof(files), &task->files);
+    /* not &task->files: LLVM 11 gets that wrong by 16 bytes */
+    bpf_probe_read_kernel(&files, sizeof(files), (void *)task + __builtin_offsetof(struct task_struct, files));
     bpf_probe_read_kernel(&fdt, sizeof(fdt), &files->fdt);
     bpf_probe_read_kernel(&fds, sizeof(fds), &fdt->fd);
     bpf_probe_read_kernel(&file, sizeof(file), &fds[ctx->ret]);

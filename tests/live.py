@@ -11,22 +11,50 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PYTHON = os.environ.get("PYTHON", "/usr/bin/python3")
+TOOLS = os.environ.get("TOOLS", str(ROOT))                      # the folder where the tools stand
+OPTIONS = os.environ.get("TOOL_OPTIONS", "").split()            # what every tool is started with
+SLOW = float(os.environ.get("SLOW", "1"))                       # how much slower this machine is than a real one
 SIGTIMEDWAIT = {"x86_64": 128, "aarch64": 137}[os.uname().machine]
 MAY_TRACE = os.geteuid() == 0 and os.path.exists("/sys/kernel/btf/vmlinux")
 WHY_NOT = "needs root and a kernel with BTF"
-START = 30              # seconds a tool may take until it traces, on an emulated machine
+START = 30 * SLOW       # seconds a tool may take until it traces
+
+
+# Runs a tool that believes its kernel lacks some features.
+PRETEND = """
+import signal
+import sys
+sys.path.insert(0, {tools!r})
+import {tool}
+for feature in {features!r}:
+    setattr({tool}, feature, lambda: False)
+signal.pthread_sigmask(signal.SIG_BLOCK, {tool}.STOP_SIGNALS)
+{tool}.main()
+"""
 
 
 class Tracer:
-    """A tool that is tracing from the moment the context is entered. Afterwards: lines, stderr and status."""
+    """A tool that is tracing from the moment the context is entered. Afterwards: lines, stderr and status.
 
-    def __init__(self, tool, *args, check=True):
-        self.command = [PYTHON, str(ROOT / (tool + ".py")), *map(str, args)]
+    pretend: functions of the tool, has_ring_buffer and the like, that are to return False.
+    """
+
+    def __init__(self, tool, *args, check=True, pretend=()):
+        path = [os.path.join(TOOLS, tool + ".py")]
+        if pretend:
+            path = ["-c", PRETEND.format(tool=tool, tools=TOOLS, features=pretend)]
+        self.command = [PYTHON, *path, *map(str, args), *OPTIONS]
         self.check = check
+        self.process = None
 
-    def __enter__(self):
+    def start(self):
+        """Only that: several start in less time side by side."""
         self.out, self.err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(self.command, stdout=self.out, stderr=self.err)
+
+    def __enter__(self):
+        if not self.process:
+            self.start()
         give_up = time.monotonic() + START
         while not self.is_tracing():
             if self.process.poll() is not None or time.monotonic() > give_up:

@@ -1,22 +1,23 @@
 #!/bin/sh
 # Install what the demo or the tests need, with the system's package manager.
 #
-# usage: packages.sh demo|test
+# usage: packages.sh demo|test|kernels
 # shellcheck disable=SC2086     # lists of packages are meant to be split
 set -eu
 
 install() {     # install COMMAND... with the packages of the chosen kind
-    if [ "$kind" = demo ]; then
-        "$@" $demo
-    else
-        "$@" $demo $test
-    fi
+    case $kind in
+    demo) "$@" $demo ;;
+    test) "$@" $demo $test ;;
+    kernels) "$@" ${kernels:?the kernels come from Debian: not known how to get mmdebstrap here} ;;
+    esac
 }
 
 kind=${1:?}
 if command -v apt-get >/dev/null; then
     demo='python3-bpfcc iproute2'
     test='python3-tap python3-venv perl shellcheck mandoc gcc libc6-dev procps bsdextrautils bpftool'
+    kernels='qemu-system-x86 mmdebstrap busybox-static cpio kmod xz-utils zstd'
     apt-get update -qq
     export DEBIAN_FRONTEND=noninteractive
     install apt-get install -y -qq --no-install-recommends
@@ -24,17 +25,17 @@ elif command -v dnf >/dev/null; then
     demo='python3-bcc iproute'
     test='perl-Test-Harness ShellCheck mandoc gcc glibc-devel procps-ng util-linux bpftool python3-pip'
     install dnf install -y -q
-    [ "$kind" = demo ] || python3 -m pip install -q tap.py
+    [ "$kind" != test ] || python3 -m pip install -q tap.py
 elif command -v pacman >/dev/null; then
     demo='python-bcc iproute2'
     test='perl shellcheck mandoc gcc procps-ng util-linux bpf python-pip'
     install pacman -S --needed --noconfirm --quiet
-    [ "$kind" = demo ] || python3 -m pip install -q --break-system-packages tap.py
+    [ "$kind" != test ] || python3 -m pip install -q --break-system-packages tap.py
 elif command -v zypper >/dev/null; then
     demo='python3-bcc iproute2'
     test='perl ShellCheck mandoc gcc glibc-devel procps util-linux bpftool python3-pip'
     install zypper --quiet --non-interactive install
-    [ "$kind" = demo ] || python3 -m pip install -q tap.py
+    [ "$kind" != test ] || python3 -m pip install -q tap.py
 else
     echo "packages.sh: no package manager known here; install bcc for Python, and see this file for the rest" >&2
     exit 1

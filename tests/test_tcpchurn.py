@@ -112,47 +112,69 @@ def steps(peer):
     return server, [before, opens, closes, early, closes_again]
 
 
+class Life:
+    """A process that opens and closes connections step by step, and another one that does the same beside it."""
+
+    ALL = {"opened": 99, "accepted": 34, "connected": 65, "closed": 102}        # in the end
+
+    def __init__(self):
+        self.sides = []
+        for _ in range(2):
+            peer = Peer()
+            server, what = steps(peer)
+            self.sides.append((Actor(what), server, peer))
+            self.sides[-1][0].do(0)
+        self.pid = self.sides[0][0].pid
+
+    def play(self):
+        """All steps but the end; the moments (Unix seconds) after which each was done."""
+        moments = []
+        for step in (1, 2, 3, 4):
+            for one, server, peer in self.sides:
+                if step == 1:
+                    visitors = [socket.create_connection(server.getsockname()) for _ in range(30)]
+                if step == 3:
+                    for _ in range(4):
+                        workload.reset(socket.create_connection(server.getsockname()))
+                one.do(step)
+                if step == 1:
+                    peer.visitors = visitors
+                    peer.accept(42, peer.v4)
+                    peer.accept(21, peer.v6)
+                if step == 2:
+                    for sock in peer.accepted[20:27]:       # of those to IPv4 that stay open
+                        workload.reset(sock)
+            moments.append(time.time())
+            time.sleep(0.8 if step == 3 else 0.4)
+        return moments
+
+    def end(self):
+        for one, _, _ in self.sides:
+            one.end()
+
+    def close(self):
+        for _, server, peer in self.sides:
+            server.close()
+            peer.close()
+
+
 @unittest.skipUnless(live.MAY_TRACE, live.WHY_NOT)
 class Truth(unittest.TestCase):
     maxDiff = None
 
     def scenario(self, *args):
-        """The updates of a whole life, and the moments (Unix seconds) after which the steps were done."""
-        peer, other_peer = Peer(), Peer()
-        server, what = steps(peer)
-        other_server, other_what = steps(other_peer)
-        actor, other = Actor(what), Actor(other_what)
-        moments = []
-        actor.do(0)
-        other.do(0)
-        with live.Tracer("tcpchurn", actor.pid, "-w", "1,3", "-i", "0.2", "--json", *args, check=False) as tracer:
-            for step in (1, 2, 3, 4):
-                for one, listener, side in ((actor, server, peer), (other, other_server, other_peer)):
-                    if step == 1:
-                        visitors = [socket.create_connection(listener.getsockname()) for _ in range(30)]
-                    if step == 3:
-                        for _ in range(4):
-                            workload.reset(socket.create_connection(listener.getsockname()))
-                    one.do(step)
-                    if step == 1:
-                        side.visitors = visitors
-                        side.accept(42, side.v4)
-                        side.accept(21, side.v6)
-                    if step == 2:
-                        for sock in side.accepted[20:27]:       # of those to IPv4 that stay open
-                            workload.reset(sock)
-                moments.append(time.time())
-                time.sleep(0.8 if step == 3 else 0.4)
+        """The updates of a whole life, and the moments after which its steps were done."""
+        life = Life()
+        with live.Tracer("tcpchurn", life.pid, "-w", "1,3", "-i", "0.2", "--json", *args, check=False) as tracer:
+            moments = life.play()
             time.sleep(3.4)
             moments.append(time.time())
             time.sleep(0.3)
-            actor.end()
-            other.end()
+            life.end()
             time.sleep(0.3)
-        for side in (peer, other_peer):
-            side.close()
+        life.close()
         self.assertEqual(tracer.status, 0)
-        self.assertEqual(tracer.stderr, "tcpchurn: process %d has ended\n" % actor.pid)
+        self.assertEqual(tracer.stderr, "tcpchurn: process %d has ended\n" % life.pid)
         return tracer.objects, moments
 
     @live.by_timer
@@ -176,12 +198,12 @@ class Truth(unittest.TestCase):
         # empty again
         self.assertEqual([after(quiet)[name] for name in ("opened", "closed")], [[0, 0], [0, 0]])
         # the process has ended, and with it all it had opened, and the three from before
-        self.assertEqual(updates[-1]["all"], {"opened": 99, "accepted": 34, "connected": 65, "closed": 102})
+        self.assertEqual(updates[-1]["all"], Life.ALL)
 
     @live.by_timer
     def test_tracepoints_only(self):
         updates, _ = self.scenario("--probes", "tracepoint")
-        self.assertEqual(updates[-1]["all"], {"opened": 99, "accepted": 34, "connected": 65, "closed": 102})
+        self.assertEqual(updates[-1]["all"], Life.ALL)
 
     @live.by_timer
     def test_private_addresses_are_ignored(self):

@@ -16,6 +16,8 @@ import argparse
 import ctypes
 import errno
 import json
+import math
+import mmap
 import os
 import signal
 import socket
@@ -28,7 +30,7 @@ import time
 REQUEST, REPLY = 1000, 3000             # bytes
 PAUSE = 0.06                            # seconds: longer than a delayed ACK
 WORKERS = 3
-TIMEOUT = 20                            # seconds after which a scenario that hangs is given up
+TIMEOUT = 20 * float(os.environ.get("SLOW", "1"))       # seconds after which a scenario that hangs is given up
 
 
 # The families: the address that the server listens on, what the client connects to, and the socket family of each.
@@ -83,7 +85,7 @@ def spawn(name, namespace, work, *args):
         return pid
     status = 1
     try:
-        signal.alarm(TIMEOUT)
+        signal.alarm(math.ceil(TIMEOUT))
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         enter(namespace)
         set_comm(name)
@@ -148,8 +150,8 @@ def connect(run, port):
     return sock, dict(identity(), born=[began, now()], failed=None, sent=0, received=0, **endpoints(sock))
 
 
-def accept(listener):
-    sock = listener.accept()[0]
+def accept(listener, how):
+    sock = how(listener)
     return sock, dict(identity(), failed=None, sent=0, received=0, **endpoints(sock))
 
 
@@ -179,9 +181,9 @@ def client(run, port, ending):
         finish(run, "client", sock, record, socket.socket.close)
 
 
-def serve(run, listener, ending):
+def serve(run, listener, ending, how=lambda listener: listener.accept()[0]):
     """The other side of client()."""
-    sock, record = accept(listener)
+    sock, record = accept(listener, how)
     record["received"] = receive(sock, REQUEST)
     record["sent"] = send(sock, REPLY)
     if ending in ("server_close", "server_reset", "server_exit", "server_kill"):
@@ -332,6 +334,41 @@ def refused(run):
     wait(spawn("cli-refused", run.client_ns, visitor, port))
 
 
+def uring_accept(listener):
+    """A connection from the listener that io_uring accepts. Raises OSError if this kernel has no io_uring."""
+    setup, enter, op_accept = 425, 426, 13                  # the numbers of most architectures
+    sq_ring, cq_ring, sqes = 0, 0x8000000, 0x10000000       # what to map, include/uapi/linux/io_uring.h
+    libc = ctypes.CDLL(None, use_errno=True)
+    params = ctypes.create_string_buffer(120)
+    ring = libc.syscall(setup, 1, params)
+    if ring < 0:
+        raise OSError(ctypes.get_errno(), "io_uring_setup")
+    sq_tail, sq_array = (struct.unpack_from("=I", params, 40 + offset)[0] for offset in (4, 24))
+    cq_entries = struct.unpack_from("=I", params, 80 + 20)[0]
+    with mmap.mmap(ring, sq_array + 4, offset=sq_ring) as queue, mmap.mmap(ring, 64, offset=sqes) as entry, \
+            mmap.mmap(ring, cq_entries + 32, offset=cq_ring) as done:
+        struct.pack_into("=BBHi", entry, 0, op_accept, 0, 0, listener.fileno())
+        struct.pack_into("=I", queue, sq_array, 0)
+        struct.pack_into("=I", queue, sq_tail, 1)
+        if libc.syscall(enter, ring, 1, 1, 1, None, 0) < 0:             # submit one, wait for one
+            raise OSError(ctypes.get_errno(), "io_uring_enter")
+        result = struct.unpack_from("=Qi", done, cq_entries)[1]
+    os.close(ring)
+    if result < 0:
+        raise OSError(-result, "accept")
+    return socket.socket(fileno=result)
+
+
+def io_uring(run):
+    """The server accepts by io_uring; the client ends first."""
+    def server(listener):
+        serve(run, listener, "client_close", uring_accept)
+    pid, port = start_server(run, server)
+    wait(spawn("cli-io_uring", run.client_ns, client, run, port, "client_close"), pid)
+
+
+# Not of the usual round: a kernel may have no io_uring, and no way to trace it.
+SPECIAL = {"io_uring": io_uring}
 SCENARIOS = dict.fromkeys(("server_close", "client_close", "client_reset", "server_reset", "half_close", "client_exit",
                            "server_exit", "client_kill", "server_kill"), one_to_one)
 SCENARIOS.update(workers_close=workers, workers_reset=workers, threads=threads, early_close=early, early_reset=early,
@@ -350,7 +387,7 @@ def work(scenarios=tuple(SCENARIOS), rounds=1, **where):
             signal.alarm(0)
             for _ in range(rounds):
                 for scenario in scenarios:
-                    SCENARIOS[scenario](Run(log, scenario, family, **where))
+                    {**SCENARIOS, **SPECIAL}[scenario](Run(log, scenario, family, **where))
         wait(*[spawn("family-" + family, None, one_family, family) for family in FAMILIES])
         os.close(log)
         file.seek(0)

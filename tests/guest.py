@@ -1,0 +1,174 @@
+#!/usr/bin/python3
+"""All five tools at once on one workload, in every way to start them.
+
+usage: guest.py [MODE ...]
+
+This is what tests/kernels.sh runs on each kernel; it runs on any machine that can trace. A mode is a way to start the
+tools: see MODES. Prints a row for each, and what was wrong on the lines before it; exit status 1 if anything was.
+"""
+import argparse
+import contextlib
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+import live
+import tcpaccept
+import test_deeptcptracer
+import test_tcpaccept
+import test_tcpchurn
+import test_tcplife
+import test_tcpv4connect
+import workload
+
+TOOLS = ["tcplife", "tcpaccept", "tcpv4connect", "tcpchurn", "deeptcptracer"]
+# name: (types from, probes, buffer, options, features the tool is told the kernel lacks)
+MODES = {
+    "default": ("BTF", "default", "ring", [], []),
+    "kprobe": ("BTF", "kprobe", "ring", ["--probes", "kprobe"], []),
+    "tracepoint": ("BTF", "tracepoint", "ring", ["--probes", "tracepoint"], []),
+    "alone": ("headers", "default", "ring", [], []),
+    "old": ("headers", "kprobe", "perf", [], ["has_ring_buffer", "has_raw_tracepoint"]),
+    "none": ("none", "default", "ring", [], []),
+}
+ROW = "%-18s %-7s %-7s %-8s %-10s %-6s %s"
+
+
+def bcc_version():
+    return subprocess.run([live.PYTHON, "-c", "import bcc; print(bcc.__version__)"], stdout=subprocess.PIPE, text=True,
+                          check=True).stdout.strip().partition("+")[0]
+
+
+def told(tracer):
+    """How much the tool says it has lost, and all it says that is no loss."""
+    lost, rest = 0, []
+    for line in tracer.stderr.splitlines():
+        if " in all " in line:
+            lost += int(line.split(" in all ")[1].split()[0])
+        elif " lost: " not in line and " has ended" not in line:
+            rest.append(line)
+    return lost, rest
+
+
+@contextlib.contextmanager
+def tools_alone():
+    """The tools in a folder without btfheaders.py."""
+    with tempfile.TemporaryDirectory() as folder:
+        for tool in TOOLS:
+            shutil.copy(live.ROOT / (tool + ".py"), folder)
+        live.TOOLS = folder
+        try:
+            yield
+        finally:
+            live.TOOLS = str(live.ROOT)
+
+
+def has_io_uring():
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()):
+        try:
+            workload.uring_accept(listener).close()
+        except OSError:
+            return False
+    return True
+
+
+def trace(options, pretend):
+    """Run all on one workload; what was wrong, as texts, and what was looked at."""
+    scenarios = [*workload.SCENARIOS] + ["io_uring"] * has_io_uring()
+    shows_io_uring = tcpaccept.has_kprobes() and "tracepoint" not in options
+    life = test_tcpchurn.Life()
+    tracers = [live.Tracer(tool, "--json", *[life.pid] * (tool == "tcpchurn"), check=False, pretend=pretend)
+               for tool in TOOLS]
+    sessions, accepts, connects, churn, events = tracers
+    for tracer in tracers:
+        tracer.start()
+    with churn, events:
+        with sessions, accepts, connects:
+            log = workload.sessions(workload.work(scenarios))
+        life.play()
+        expected = [(scenario, scenario()) for scenario in test_deeptcptracer.SCENARIOS]
+        life.end()
+        time.sleep(1.2)         # an update of tcpchurn
+    life.close()
+    missing, wrong = test_tcplife.difference(log, sessions.objects)
+    missing = {"tcplife": missing}
+    wrong = {"tcplife": wrong}
+    missing["tcpaccept"], wrong["tcpaccept"] = live.compare(
+        [record for record in test_tcpaccept.accepted(log) if record["scenario"] != "io_uring" or shows_io_uring],
+        accepts.objects, test_tcpaccept.key)
+    missing["tcpv4connect"], wrong["tcpv4connect"] = live.compare(
+        [record for record in log if record["role"] == "client" and record["ip"] == 4], connects.objects,
+        test_tcpv4connect.key)
+    total = churn.objects[-1]["all"] if churn.objects else None
+    wrong["tcpchurn"] = [] if total == life.ALL else ["%s, not %s" % (total, life.ALL)]
+    found, met = test_deeptcptracer.strangers(log, events.objects)
+    wrong["deeptcptracer"] = found
+    missing["deeptcptracer"] = [text for scenario, endpoints in expected
+                                for text in test_deeptcptracer.difference(scenario, endpoints, events.objects)]
+    if len(met) < len([record for record in log if record["laddr"]]) - 8:
+        wrong["deeptcptracer"].append("only %d sockets have an owner" % len(met))
+    texts, lost_all = [], 0
+    for tool, tracer in zip(TOOLS, tracers):
+        lost, rest = told(tracer)
+        lost_all += lost
+        texts += ["%s: %s" % (tool, text) for text in wrong[tool] + rest]
+        if lost:
+            print("told: %s" % tracer.stderr)
+        if tracer.status:
+            texts.append("%s: exit status %d" % (tool, tracer.status))
+        if len(missing.get(tool, [])) > lost:
+            texts += ["%s: missing: %s" % (tool, record) for record in missing[tool]]
+    return texts, "%d sessions" % len(log) + (", %d lost and told" % lost_all if lost_all else "")
+
+
+def refuse(command):
+    """What is wrong with how this tool says that there are no kernel types, as a list of texts."""
+    hide = "for d in /sys/kernel/btf /lib/modules; do [ ! -d $d ] || mount -t tmpfs none $d; done; exec \"$@\""
+    result = subprocess.run(["unshare", "--mount", "sh", "-c", hide, "sh", *command], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
+    if (result.returncode, result.stdout) == (1, "") and re.fullmatch(
+            r"\w+: no kernel types \(.*\): install linux-headers-.*\n", result.stderr):
+        return []
+    return ["%s: exit status %d, %r, %r" % (command[-1], result.returncode, result.stdout, result.stderr)]
+
+
+def run(mode):
+    """What was wrong, as texts, and what was looked at."""
+    types, _, _, options, pretend = MODES[mode]
+    if mode == "none":
+        commands = [[live.PYTHON, str(live.ROOT / (tool + ".py"))] + ["1"] * (tool == "tcpchurn") for tool in TOOLS]
+        return [text for command in commands for text in refuse(command)], "told in one line"
+    live.OPTIONS = options
+    with tools_alone() if types == "headers" else contextlib.nullcontext():
+        return trace(options, pretend)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="All five tools at once on one workload.")
+    parser.add_argument("modes", nargs="*", metavar="MODE", help=", ".join(MODES))
+    args = parser.parse_args()
+    release, bcc, python = platform.release(), bcc_version(), platform.python_version()
+    status = 0
+    print(ROW % ("kernel", "bcc", "Python", "types", "probes", "buffer", "result"), flush=True)
+    for mode in args.modes or MODES:
+        began = time.monotonic()
+        try:
+            texts, result = run(mode)
+        except AssertionError as error:
+            texts, result = [str(error)], "does not start"
+        for text in texts:
+            print("wrong: %.500s" % text)
+        status |= bool(texts)
+        print(ROW % (release, bcc, python, *MODES[mode][:3], "%s: %s" % ("FAILED" if texts else "ok", result)), flush=True)
+        print("%s took %d s" % (mode, time.monotonic() - began), file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

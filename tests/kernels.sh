@@ -1,0 +1,112 @@
+#!/bin/sh
+# The tools on other kernels: Debian releases, each with its own kernel, bcc and Python, booted in qemu.
+#
+# usage: kernels.sh RELEASE ...        (bullseye, bookworm, trixie, sid)
+#
+# A release is installed once, into a folder of the cache, and mounted read-only in the guest, with this repository
+# beside it. There tests/guest.py runs. All is emulated in software: /dev/kvm is not needed, and times mean nothing.
+# MODES chooses among guest.py's; without it, peers.py runs after that. The tables are printed once more at the end.
+set -eu
+
+repo=$(cd "$(dirname "$0")/.." && pwd)
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/tcp-tracers
+limit=900               # seconds a guest may take
+
+install_release() {     # install_release NAME: into its folder of the cache
+    rm -rf "$cache/$1.part"
+    mkdir -p "$cache"
+    echo "kernels.sh: installing $1" >&2
+    # sid's index may be older than it says it may be
+    mmdebstrap --quiet --variant=minbase --aptopt='Acquire::Check-Valid-Until "false"' \
+        --include=python3-bpfcc,bpfcc-tools,iproute2,kmod,linux-image-amd64,linux-headers-amd64 "$1" "$cache/$1.part"
+    mv "$cache/$1.part" "$cache/$1"
+}
+
+unpack() {              # unpack MODULE FOLDER: the path of the plain module in the folder
+    plain=$2/$(basename "$1" | sed 's/[.]ko[.].*/.ko/')
+    case $1 in
+    *.xz) xz -dc "$1" ;;
+    *.zst) zstd -qdc "$1" ;;
+    *) cat "$1" ;;
+    esac >"$plain"
+}
+
+make_initrd() {         # make_initrd ROOT VERSION FOLDER: mounts the two folders and starts guest() below
+    mkdir -p "$3/bin" "$3/proc" "$3/root"
+    cp "$(command -v busybox)" "$3/bin"
+    {
+        echo '#!/bin/busybox sh'
+        for module in virtio_pci 9pnet_virtio 9p; do
+            modprobe -d "$1" -S "$2" --show-depends "$module"
+        done | awk '$1 == "insmod" && !seen[$2]++ { print $2 }' >"$tmp/modules"
+        while read -r module; do
+            unpack "$module" "$3"
+            echo "/bin/busybox insmod /${plain##*/}"
+        done <"$tmp/modules"
+        echo 'for share in root:/root repo:/root/mnt; do'
+        echo '    /bin/busybox mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=loose,ro \'
+        echo '        "${share%:*}" "${share#*:}"'
+        echo 'done'
+        echo 'exec /bin/busybox switch_root /root /bin/sh /mnt/tests/kernels.sh guest'
+    } >"$3/init"
+    chmod +x "$3/init"
+    (cd "$3" && find . | cpio --quiet -o -H newc | gzip -1)
+}
+
+boot() {                # boot NAME: its output on stdout; fails if guest.py does
+    root=$cache/$1
+    version=$(basename "$root"/lib/modules/*)
+    make_initrd "$root" "$version" "$tmp/$1" >"$tmp/$1.initrd"
+    timeout "$limit" qemu-system-x86_64 -accel tcg,thread=multi -smp 2 -cpu max -m 4096 -nographic -no-reboot \
+        -kernel "$root/boot/vmlinuz-$version" -initrd "$tmp/$1.initrd" \
+        -append "console=ttyS0 panic=-1 quiet modes=$(echo "${MODES:-}" | tr ' ' ,)" \
+        -fsdev "local,id=root,path=$root,security_model=passthrough,readonly=on" \
+        -device virtio-9p-pci,fsdev=root,mount_tag=root \
+        -fsdev "local,id=repo,path=$repo,security_model=passthrough,readonly=on" \
+        -device virtio-9p-pci,fsdev=repo,mount_tag=repo </dev/null | tee "$tmp/$1.out" |
+        sed -un 's/\r//g; s/.*\(guest: started\)/\1/; /^guest: started/,/^guest: exit/p'   # the firmware paints before
+    grep -q 'guest: exit' "$tmp/$1.out" || cat "$tmp/$1.out"
+    grep -q '^guest: exit status 0' "$tmp/$1.out"
+}
+
+guest() {               # in the guest, as its first process
+    mount -t proc proc /proc
+    mount -t sysfs sysfs /sys
+    mount -t devtmpfs devtmpfs /dev
+    mount -t tmpfs tmpfs /tmp
+    mount -t tmpfs tmpfs /run
+    mount -t tracefs tracefs /sys/kernel/tracing
+    mount -t debugfs debugfs /sys/kernel/debug
+    ip link set lo up
+    echo "guest: started $(uname -r)"
+    cd /mnt/tests
+    export PYTHONPATH=/mnt:/mnt/tests PYTHONDONTWRITEBYTECODE=1 SLOW=8 HOME=/tmp LANG=C
+    modes=$(sed -n 's/.*modes=\([^ ]*\).*/\1/p' /proc/cmdline | tr , ' ')
+    status=0
+    # shellcheck disable=SC2086     # a list
+    /usr/bin/python3 -W ignore guest.py $modes || status=$?
+    [ -n "$modes" ] || /usr/bin/python3 -W ignore peers.py || status=$?
+    echo "guest: exit status $status"
+    echo o >/proc/sysrq-trigger
+    while :; do :; done
+}
+
+if [ "$1" = guest ]; then
+    guest
+fi
+tmp=$(mktemp -d)
+trap 'rm -rf "$tmp"' EXIT
+failed=
+for name; do
+    [ -d "$cache/$name" ] || install_release "$name"
+    boot "$name" || failed="$failed $name"
+done
+for table in result 'wrong owner'; do       # by their headings
+    echo
+    for name; do
+        tr -d '\r' <"$tmp/$name.out"
+    done | awk -v table="$table" '
+        /^kernel / { wanted = $0 ~ table "$"; if (!wanted || shown++) next }
+        wanted && /^(kernel|[0-9]+[.][0-9]+[.])/'
+done
+[ -z "$failed" ] || { echo "kernels.sh: failed:$failed" >&2; exit 1; }
