@@ -3,6 +3,7 @@
 # make test-kernels   the tools on other kernels, in virtual machines, with their releases' own bcc (KERNELS=bookworm: one)
 # make lint      the static part of the tests
 # make bench     what tracing costs, beside the load untraced and beside the peers that are installed
+# make soak      all five tools under a mixed load for DURATION seconds (default 1800), checked against its counts
 # make install   tools, man pages and examples below PREFIX (default /usr/local), DESTDIR before it
 # make uninstall
 # make help
@@ -12,6 +13,7 @@ DESTDIR ?=
 PYTHON  ?= /usr/bin/python3
 TOOLS   = tcplife tcpaccept tcpv4connect tcpchurn deeptcptracer
 TESTS   = tests/lint.t tests/unit.t tests/cli.t tests/live.t
+DURATION ?= 1800
 KERNELS = bullseye bookworm trixie sid
 RUFF    = .venv/bin/ruff
 RUFF_VERSION = 0.17.6
@@ -37,6 +39,9 @@ lint: deps-test $(RUFF)
 
 bench: deps-test
 	$(PYTHON) tests/bench.py
+
+soak: deps-test
+	cd tests && PYTHONPATH=..:. PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -W ignore soak.py $(DURATION)
 
 # What each needs, as a test that it is there; packages are only installed if one is not.
 deps-demo:
@@ -74,4 +79,4 @@ uninstall:
 	rm -f $(SBIN)/btfheaders.py
 	-rmdir $(DOC) $(dir $(DOC)) 2>/dev/null
 
-.PHONY: help tools demo test test-kernels lint bench deps-demo deps-test deps-kernels install uninstall
+.PHONY: help tools demo test test-kernels lint bench soak deps-demo deps-test deps-kernels install uninstall

@@ -477,6 +477,17 @@ def attach(bpf, args):
         bpf.attach_tracepoint(tp="syscalls:sys_exit_accept", fn_name="tracepoint_accept")
 
 
+def let_go_of_llvm():
+    """The compiler has done its work: give back its heap, and its code, which comes from the file again if need be."""
+    libc, madv_dontneed = ctypes.CDLL(None), 4
+    if hasattr(libc, "malloc_trim"):        # glibc
+        libc.malloc_trim(0)
+    with open("/proc/self/maps") as maps:
+        for start, end in re.findall("(?m)^(\\w+)-(\\w+) r-xp .*/lib(?:LLVM|clang|bcc)", maps.read()):
+            start, end = int(start, 16), int(end, 16)
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), madv_dontneed)
+
+
 def load(args):
     """Compile, load and attach; the BPF object."""
     if not may_trace():
@@ -489,6 +500,7 @@ def load(args):
             attach(bpf, args)
     except Exception as error:
         die("cannot trace: %s" % error)
+    let_go_of_llvm()
     return bpf
 
 

@@ -81,10 +81,10 @@ BPF_HASH(existing, u64, u8, MAX_SOCKETS);               /* open before the start
 BPF_ARRAY(ended, u8, 1);                                /* whether the process has */
 BPF_ARRAY(lost, u64, LOST_COUNTERS);
 /*
- * The kernel lets no program interrupt itself: if a softirq comes while tracepoint_set_state() runs, all its state
- * changes are skipped there, and go to a twin.
+ * The kernel lets no program interrupt itself: while tracepoint_set_state() runs, what a softirq does is skipped there.
+ * That goes to its twin.
  */
-BPF_PERCPU_ARRAY(at_work, u32, 1);
+BPF_PERCPU_ARRAY(newest, u64, 1);       /* state change that tracepoint_set_state() has seen */
 
 static inline void count_lost(int what)
 {
@@ -240,29 +240,35 @@ int kprobe_destroy(struct pt_regs *ctx, struct sock *sk)
     return 0;
 }
 #else
+/* The socket, whose address begins with 0xff, and its new state. */
+static inline u64 change_of(struct bpf_raw_tracepoint_args *ctx)
+{
+    return ctx->args[0] ^ ctx->args[2] << 56;
+}
+
 int tracepoint_set_state(struct bpf_raw_tracepoint_args *ctx)
 {
     int zero = 0;
-    u32 *busy = at_work.lookup(&zero);
+    u64 *change = newest.lookup(&zero);
 
-    if (!busy)
-        return 0;
-    *busy = 1;
+    if (change)
+        *change = change_of(ctx);
     state_change((struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
-    *busy = 0;
     return 0;
 }
 
-/* Runs after it. What the kernel has skipped comes here while it is still at work. */
+/* The twin: runs after it. */
 int tracepoint_nested_state(struct bpf_raw_tracepoint_args *ctx)
 {
     int zero = 0;
-    u32 *busy = at_work.lookup(&zero);
+    u64 *change = newest.lookup(&zero);
 
-    if (busy && *busy) {
-        count_lost(NOT_LOST);
-        state_change((struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
+    if (change && *change == change_of(ctx)) {
+        *change = 0;
+        return 0;
     }
+    count_lost(NOT_LOST);
+    state_change((struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
     return 0;
 }
 
@@ -561,6 +567,8 @@ def cflags(args):
 
 def attach_twin(bpf):
     """bcc itself attaches but one program to a raw tracepoint."""
+    if kernel_version() < (6, 1):       # there a program may interrupt itself
+        return
     import bcc
     twin = bpf.load_func("tracepoint_nested_state", bcc.BPF.RAW_TRACEPOINT)
     if bcc.lib.bpf_attach_raw_tracepoint(twin.fd, b"inet_sock_set_state") < 0:
@@ -590,6 +598,17 @@ def attach(bpf, args):
         bpf.attach_tracepoint(tp="syscalls:sys_exit_accept", fn_name="tracepoint_accept")
 
 
+def let_go_of_llvm():
+    """The compiler has done its work: give back its heap, and its code, which comes from the file again if need be."""
+    libc, madv_dontneed = ctypes.CDLL(None), 4
+    if hasattr(libc, "malloc_trim"):        # glibc
+        libc.malloc_trim(0)
+    with open("/proc/self/maps") as maps:
+        for start, end in re.findall("(?m)^(\\w+)-(\\w+) r-xp .*/lib(?:LLVM|clang|bcc)", maps.read()):
+            start, end = int(start, 16), int(end, 16)
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), madv_dontneed)
+
+
 def load(args):
     """Compile, load and attach; the BPF object."""
     if not may_trace():
@@ -601,6 +620,7 @@ def load(args):
             attach(bpf, args)
     except Exception as error:
         die("cannot trace: %s" % error)
+    let_go_of_llvm()
     return bpf
 
 

@@ -4,15 +4,18 @@
 usage: bench.py [-n PAIRS] [-c CONNECTIONS] [TOOL ...]
 
 For each tool, PAIRS times: the load (churn.c, two client threads, as fast as it goes) untraced, traced, and untraced
-again. One more run with BPF statistics on gives the time in the kernel; they slow every run, so it is not timed.
+again. One more run with BPF statistics on gives the time in the kernel; they slow every run, so it is not timed. One
+more at 1,000 connections a second gives the CPU that the tool takes then.
 
-    kept   load while traced / mean of the load before and after, median of the pairs
+    kept   load while traced / mean of the load before and after, median of the pairs, and their range
+    peer   kept of this house's tool / kept of this one
     ns     BPF run time of all the tool's programs a connection
     each   BPF run time of the program that runs most often, each time, in ns
-    CPU    user and system seconds of the tool from its start to its end
+    us     CPU time of the tool a line, without its start, in microseconds
+    1000   CPU time of the tool at 1,000 connections a second, in percent of one CPU
     RSS    resident MB at the end
     start  seconds from start to the first line, median; 2.00: it keeps its first line back
-    lines  printed; sessions have two ends, accepts and connects one
+    lost   of what there was to print; -: not known how much that is
 """
 import argparse
 import os
@@ -28,25 +31,29 @@ import live
 
 BIN = pathlib.Path(tempfile.gettempdir()) / "tcp-tracers-churn"
 TREE = pathlib.Path(tempfile.gettempdir()) / "tcp-tracers-tree"
-# name: (command, peers that do the same)
+# name: (command, lines a connection or None, peers that do the same)
 TOOLS = {
-    "tcplife": (["tcplife"], {"libbpf-tools": ["/usr/sbin/tcplife"], "bpfcc-tools": ["/usr/sbin/tcplife-bpfcc"]}),
-    "tcplife --owner close": (["tcplife", "--owner", "close"], {}),
-    "tcpaccept": (["tcpaccept"], {"bpfcc-tools": ["/usr/sbin/tcpaccept-bpfcc"]}),
-    "tcpv4connect": (["tcpv4connect"], {"bpfcc-tools": ["/usr/sbin/tcpconnect-bpfcc", "-4"]}),
-    "tcpchurn": (["tcpchurn", str(os.getpid())], {}),
-    "deeptcptracer": (["deeptcptracer"], {}),
-    "deeptcptracer -e tcp_set_state": (["deeptcptracer", "-e", "tcp_set_state"], {
+    "tcplife": (["tcplife"], 2, {"libbpf-tools": ["/usr/sbin/tcplife"], "bpfcc-tools": ["/usr/sbin/tcplife-bpfcc"]}),
+    "tcplife --owner close": (["tcplife", "--owner", "close"], 2, {}),
+    "tcpaccept": (["tcpaccept"], 1, {"bpfcc-tools": ["/usr/sbin/tcpaccept-bpfcc"]}),
+    "tcpv4connect": (["tcpv4connect"], 1, {"bpfcc-tools": ["/usr/sbin/tcpconnect-bpfcc", "-4"]}),
+    "tcpchurn": (["tcpchurn", str(os.getpid())], None, {}),
+    "deeptcptracer": (["deeptcptracer"], None, {}),
+    "deeptcptracer -e tcp_set_state": (["deeptcptracer", "-e", "tcp_set_state"], None, {
         "libbpf-tools tcpstates": ["/usr/sbin/tcpstates"], "bpfcc-tools tcpstates": ["/usr/sbin/tcpstates-bpfcc"]}),
 }
+HEADING = "%-32s %5s %10s %5s %6s %5s %5s %5s %4s %5s %6s" % (
+    "", "kept", "range", "peer", "ns", "each", "us", "1000", "RSS", "start", "lost")
 
 
-def load(connections):
+def load(connections, rate=0):
     """Connections a second."""
-    return float(subprocess.check_output([BIN, str(connections), "2"]).split()[-1])
+    return float(subprocess.check_output([BIN, str(connections), "2", str(rate)]).split()[-1])
 
 
 class Traced:
+    """A tool that is tracing."""
+
     def __init__(self, command):
         self.out = tempfile.TemporaryFile()
         began = time.monotonic()
@@ -58,52 +65,77 @@ class Traced:
         self.start = time.monotonic() - began
         time.sleep(0.3)
 
+    def cpu(self):
+        """CPU nanoseconds so far."""
+        return int(pathlib.Path("/proc/%d/schedstat" % self.process.pid).read_text().split()[0])
+
     def programs(self):
-        """{ID: (nanoseconds, times)} that the BPF programs of the tool have run."""
+        """[(nanoseconds, times)] that the BPF programs of the tool have run."""
         found = {}
         for path in pathlib.Path("/proc/%d/fdinfo" % self.process.pid).iterdir():
             info = dict(line.split(":\t", 1) for line in path.read_text().splitlines() if ":\t" in line)
             if "prog_id" in info and "run_time_ns" in info:
                 found[info["prog_id"]] = int(info["run_time_ns"]), int(info["run_cnt"])
-        return found
+        return list(found.values())
+
+    def rss(self):
+        """Resident MB."""
+        status = pathlib.Path("/proc/%d/status" % self.process.pid).read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
     def end(self):
-        """CPU seconds, RSS in MB, lines."""
-        time.sleep(0.3)
-        if self.process.poll() is not None:
-            return None
-        status = pathlib.Path("/proc/%d/status" % self.process.pid).read_text()
-        rss = int(status.split("VmRSS:")[1].split()[0]) / 1024
+        """How many lines it has printed."""
         self.process.send_signal(signal.SIGINT)
-        usage = os.wait4(self.process.pid, 0)[2]
+        self.process.wait()
         self.out.seek(0)
-        return usage.ru_utime + usage.ru_stime, rss, sum(1 for _ in self.out) - 1
+        return sum(1 for _ in self.out) - 1
 
 
-def measure(command, pairs, connections):
-    kept, cpu, start = [], [], []
-    for _ in range(pairs):
-        before = load(connections)
-        traced = Traced(command)
-        rate = load(connections)
-        figures = traced.end()
-        if figures is None:
-            return "does not run here"
-        seconds, rss, lines = figures
-        kept.append(2 * rate / (before + load(connections)))
-        cpu.append(seconds)
-        start.append(traced.start)
+def pair(command, connections):
+    """(kept, CPU us a line, MB, seconds to start, lines) of one run between two untraced ones."""
+    before = load(connections)
+    traced = Traced(command)
+    cpu = traced.cpu()
+    rate = load(connections)
+    time.sleep(0.3)
+    cpu, rss, lines = traced.cpu() - cpu, traced.rss(), traced.end()
+    return 2 * rate / (before + load(connections)), cpu / 1000 / max(1, lines), rss, traced.start, lines
+
+
+def in_kernel(command, connections):
+    """BPF nanoseconds a connection, and each time of the busiest program."""
     subprocess.run(["sysctl", "-q", "kernel.bpf_stats_enabled=1"], check=True)
     traced = Traced(command)
     load(connections)
-    programs = traced.programs().values()
-    nanoseconds = sum(time for time, _ in programs)
-    each = max((count, time / max(1, count)) for time, count in programs)[1] if programs else 0
+    programs = traced.programs()
     traced.end()
     subprocess.run(["sysctl", "-q", "kernel.bpf_stats_enabled=0"], check=True)
-    return ("%5.2f %5.2f-%4.2f %6.0f %5.0f %6.2f %5.0f %6.2f %7d" % (
-        statistics.median(kept), min(kept), max(kept), nanoseconds / (2 * connections), each,
-        statistics.median(cpu), rss, statistics.median(start), lines))
+    each = max((count, time / max(1, count)) for time, count in programs)[1] if programs else 0
+    return sum(time for time, _ in programs) / (2 * connections), each
+
+
+def at_a_thousand(command):
+    """Percent of a CPU at 1,000 connections a second."""
+    traced = Traced(command)
+    cpu, began = traced.cpu(), time.monotonic()
+    load(1500, 1000)
+    percent = (traced.cpu() - cpu) / (time.monotonic() - began) / 1e7
+    traced.end()
+    return percent
+
+
+def measure(command, lines, pairs, connections, ours=None):
+    """The row of the table, and the part of the load that was kept. ours: that of this house's tool."""
+    probe = Traced(command)
+    if probe.process.poll() is not None:
+        return "does not run here", None
+    probe.end()
+    kept, cpu, rss, start, printed = zip(*(pair(command, connections) for _ in range(pairs)))
+    median = statistics.median(kept)
+    lost = "%.1f%%" % (100 - 100 * sum(printed) / (pairs * 2 * connections * lines)) if lines else "-"
+    return "%5.2f %5.2f-%4.2f %5.2f %6.0f %5.0f %5.1f %5.1f %4.0f %5.2f %6s" % (
+        median, min(kept), max(kept), (ours or median) / median, *in_kernel(command, connections),
+        statistics.median(cpu), at_a_thousand(command), max(rss), statistics.median(start), lost), median
 
 
 def syscall():
@@ -127,16 +159,17 @@ def main():
     subprocess.run(["cc", "-O2", "-pthread", "-o", BIN, source], check=True)
     shutil.rmtree(TREE, ignore_errors=True)
     subprocess.run([live.ROOT / "btfheaders.py", TREE], check=True)
-    print("%-34s %5s %10s %6s %5s %6s %5s %6s %7s" % (
-        "", "kept", "range", "ns", "each", "CPU", "RSS", "start", "lines"))
+    print(HEADING)
     load(args.connections)
     for name in args.tools:
-        command, peers = TOOLS[name]
+        command, lines, peers = TOOLS[name]
         ours = [live.PYTHON, str(live.ROOT / (command[0] + ".py")), *command[1:]]
-        print("%-34s %s" % (name, measure(ours, args.pairs, args.connections)), flush=True)
+        row, kept = measure(ours, lines, args.pairs, args.connections)
+        print("%-32s %s" % (name, row), flush=True)
         for peer, command in peers.items():
             if os.path.exists(command[0]):
-                print("%-34s %s" % ("  " + peer, measure(command, args.pairs, args.connections)), flush=True)
+                row, _ = measure(command, lines, args.pairs, args.connections, kept)
+                print("%-32s %s" % ("  " + peer, row), flush=True)
     untraced = syscall()
     traced = Traced([live.PYTHON, str(live.ROOT / "tcpaccept.py")])
     print("a system call costs %.0f ns more while tcpaccept traces" % (syscall() - untraced))

@@ -4,11 +4,13 @@
  * usage: churn CONNECTIONS [THREADS [RATE]]
  *
  * CONNECTIONS from each of THREADS client threads (default 1), RATE a second from all of them together (default: as
- * fast as they go). The client resets, so that no port stays in TIME_WAIT. Prints the port, connections and rate.
+ * fast as they go). The client resets, so that no port stays in TIME_WAIT. Ends early with SIGINT. Prints the port,
+ * connections and rate.
  */
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/socket.h>
@@ -17,7 +19,8 @@
 
 #define MAX_THREADS 64
 
-static long connections, threads = 1;
+static long connections, threads = 1, made;
+static volatile sig_atomic_t over;
 static double rate;
 static struct sockaddr_in server = {.sin_family = AF_INET};
 static int listener;
@@ -34,6 +37,11 @@ static void fail(const char *what)
 {
     perror(what);
     exit(1);
+}
+
+static void end(int unused)
+{
+    over = 1;
 }
 
 static void *serve(void *unused)
@@ -56,7 +64,7 @@ static void *visit(void *unused)
     double begin = now(), due;
     char byte = 'x';
 
-    for (long i = 0; i < connections; i++) {
+    for (long i = 0; i < connections && !over; i++) {
         int fd = socket(AF_INET, SOCK_STREAM, 0);
 
         /* 64 addresses, so that the ports of one suffice for a while */
@@ -67,6 +75,7 @@ static void *visit(void *unused)
             fail("client");
         setsockopt(fd, SOL_SOCKET, SO_LINGER, &reset, sizeof(reset));
         close(fd);
+        __sync_fetch_and_add(&made, 1);
         due = rate ? begin + i * threads / rate - now() : 0;
         if (due > 0)
             usleep(due * 1e6);
@@ -93,12 +102,12 @@ int main(int argc, char **argv)
         fail("listen");
     for (long i = 0; i < threads; i++)
         pthread_create(&thread, NULL, serve, NULL);
+    sigaction(SIGINT, &(struct sigaction){.sa_handler = end, .sa_flags = SA_RESTART}, NULL);
     begin = now();
     for (long i = 0; i < threads; i++)
         pthread_create(&clients[i], NULL, visit, NULL);
     for (long i = 0; i < threads; i++)
         pthread_join(clients[i], NULL);
-    printf("port %d connections %ld rate %.0f\n", ntohs(server.sin_port), connections * threads,
-           connections * threads / (now() - begin));
+    printf("port %d connections %ld rate %.0f\n", ntohs(server.sin_port), made, made / (now() - begin));
     return 0;
 }

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The tools as commands: arguments, failures, signals.
+# The tools as commands: arguments, failures, signals, surroundings.
 # shellcheck source=tests/tap.sh disable=SC2016,SC2145,SC2312
 . "$(dirname "$0")/tap.sh"
 
@@ -81,8 +81,28 @@ killed() {
 }
 
 nothing_left() {
-    sleep 0.3
-    ! ls -d /tmp/btfheaders-* 2>/dev/null
+    sleep 0.5
+    ! ls -d /tmp/btfheaders-* 2>/dev/null && ! bpftool prog show | grep -E 'name (tracepoint|kprobe|kretprobe)_' &&
+        ! bpftool map show | grep -E 'name (sessions|owners|owned|at_work|lost|recent) ' &&
+        ! grep -s . /sys/kernel/debug/tracing/kprobe_events
+}
+
+no_tracefs() {
+    exits 0 '' unshare --mount sh -c 'umount -a -t tracefs,debugfs; "$0" "$@" --duration 0.3' "./$@"
+}
+
+two_capabilities() {
+    cp ./*.py "$tmp" && chmod 755 "$tmp"
+    tool=$1
+    shift
+    exits 0 '' setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps -all,+bpf,+perfmon \
+        --ambient-caps -all,+bpf,+perfmon --bounding-set -all,+bpf,+perfmon "$python" "$tmp/$tool.py" --duration 0.3 "$@"
+}
+
+deleted_namespace() {
+    ip netns add tcpt-gone || return 1
+    (sleep 1.5; ip netns del tcpt-gone) &
+    exits 0 '' "./$@" --netns tcpt-gone --duration 2
 }
 
 ten_at_once() {
@@ -138,6 +158,13 @@ EOF
     check "$tool and SIGTERM" signalled TERM "$tool" "$@"
     check "$tool and kill -9" killed "$tool" "$@"
     check "$tool, ten at once" ten_at_once "$tool" "$@"
+    check "$tool where tracefs is not mounted" no_tracefs "$tool" "$@"
+    check "$tool with CAP_BPF and CAP_PERFMON only" two_capabilities "$tool" "$@"
+    check "$tool for a namespace that is deleted" deleted_namespace "$tool" "$@"
+    for locale in C C.UTF-8; do
+        check "$tool in the locale $locale" exits 0 '' env -u LANG LC_ALL=$locale "./$tool" --duration 0.3 "$@"
+    done
+    check "$tool in 40 columns" exits 0 '' env COLUMNS=40 "./$tool" --duration 0.3 "$@"
     check "$tool installed" installs "$tool" "$@"
 done
 plan

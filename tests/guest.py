@@ -28,14 +28,13 @@ import test_tcpv4connect
 import workload
 
 TOOLS = ["tcplife", "tcpaccept", "tcpv4connect", "tcpchurn", "deeptcptracer"]
-# name: (types from, probes, buffer, options, features the tool is told the kernel lacks)
+# name: (types from, probes, buffer, options, what the tool is told of the kernel)
 MODES = {
-    "default": ("BTF", "default", "ring", [], []),
-    "kprobe": ("BTF", "kprobe", "ring", ["--probes", "kprobe"], []),
-    "tracepoint": ("BTF", "tracepoint", "ring", ["--probes", "tracepoint"], []),
-    "alone": ("headers", "default", "ring", [], []),
-    "old": ("headers", "kprobe", "perf", [], ["has_ring_buffer", "has_raw_tracepoint"]),
-    "none": ("none", "default", "ring", [], []),
+    "default": ("BTF", "default", "ring", [], {}),
+    "kprobe": ("BTF", "kprobe", "ring", ["--probes", "kprobe"], {}),
+    "alone": ("headers", "tracepoint", "ring", ["--probes", "tracepoint"], {}),
+    "old": ("headers", "kprobe", "perf", [], {"has_ring_buffer": False, "has_raw_tracepoint": False}),
+    "none": ("none", "default", "ring", [], {}),
 }
 ROW = "%-18s %-7s %-7s %-8s %-10s %-6s %s"
 
@@ -43,17 +42,6 @@ ROW = "%-18s %-7s %-7s %-8s %-10s %-6s %s"
 def bcc_version():
     return subprocess.run([live.PYTHON, "-c", "import bcc; print(bcc.__version__)"], stdout=subprocess.PIPE, text=True,
                           check=True).stdout.strip().partition("+")[0]
-
-
-def told(tracer):
-    """How much the tool says it has lost, and all it says that is no loss."""
-    lost, rest = 0, []
-    for line in tracer.stderr.splitlines():
-        if " in all " in line:
-            lost += int(line.split(" in all ")[1].split()[0])
-        elif " lost: " not in line and " has ended" not in line:
-            rest.append(line)
-    return lost, rest
 
 
 @contextlib.contextmanager
@@ -115,8 +103,9 @@ def trace(options, pretend):
         wrong["deeptcptracer"].append("only %d sockets have an owner" % len(met))
     texts, lost_all = [], 0
     for tool, tracer in zip(TOOLS, tracers):
-        lost, rest = told(tracer)
+        lost = live.told(tracer)
         lost_all += lost
+        rest = [line for line in tracer.stderr.splitlines() if " lost: " not in line and " has ended" not in line]
         texts += ["%s: %s" % (tool, text) for text in wrong[tool] + rest]
         if lost:
             print("told: %s" % tracer.stderr)

@@ -20,14 +20,14 @@ WHY_NOT = "needs root and a kernel with BTF"
 START = 30 * SLOW       # seconds a tool may take until it traces
 
 
-# Runs a tool that believes its kernel lacks some features.
+# Runs a tool with other values for some of its constants and functions.
 PRETEND = """
 import signal
 import sys
 sys.path.insert(0, {tools!r})
 import {tool}
-for feature in {features!r}:
-    setattr({tool}, feature, lambda: False)
+for name, value in {pretend!r}.items():
+    setattr({tool}, name, value if name.isupper() else lambda value=value: value)
 signal.pthread_sigmask(signal.SIG_BLOCK, {tool}.STOP_SIGNALS)
 {tool}.main()
 """
@@ -36,13 +36,13 @@ signal.pthread_sigmask(signal.SIG_BLOCK, {tool}.STOP_SIGNALS)
 class Tracer:
     """A tool that is tracing from the moment the context is entered. Afterwards: lines, stderr and status.
 
-    pretend: functions of the tool, has_ring_buffer and the like, that are to return False.
+    pretend: constants of the tool, and functions without arguments, with the values they are to have.
     """
 
-    def __init__(self, tool, *args, check=True, pretend=()):
+    def __init__(self, tool, *args, check=True, pretend=None):
         path = [os.path.join(TOOLS, tool + ".py")]
         if pretend:
-            path = ["-c", PRETEND.format(tool=tool, tools=TOOLS, features=pretend)]
+            path = ["-c", PRETEND.format(tool=tool, tools=TOOLS, pretend=pretend)]
         self.command = [PYTHON, *path, *map(str, args), *OPTIONS]
         self.check = check
         self.process = None
@@ -93,6 +93,11 @@ class Tracer:
     @property
     def objects(self):
         return [json.loads(line) for line in self.lines]
+
+
+def told(tracer):
+    """How much a tool that has ended says it has lost in all."""
+    return sum(int(line.split(" in all ")[1].split()[0]) for line in tracer.stderr.splitlines() if " in all " in line)
 
 
 def compare(known, printed, key):

@@ -43,11 +43,9 @@ class Peer:
         while (not os.fstat(self.out.fileno()).st_size and self.process.poll() is None and
                time.monotonic() < give_up):
             time.sleep(0.1)
-        time.sleep(live.SLOW)
         return self
 
     def __exit__(self, *_):
-        time.sleep(live.SLOW)
         self.process.send_signal(signal.SIGINT)
         self.process.wait(live.START)
         self.out.seek(0)
@@ -92,7 +90,9 @@ def main():
         peers = {peer: Peer(shutil.which(peer)) for peer, _, _ in PAIRS if shutil.which(peer)}
         for one in [*peers.values(), *ours.values()]:
             stack.enter_context(one)
+        time.sleep(live.SLOW / 2)       # from the peers' heading to their tracing
         log = workload.work()
+        time.sleep(live.SLOW / 2)
     print(ROW % ("kernel", "tool", "of", "missed", "wrong owner"))
     for peer, tool, places in PAIRS:
         known = tell(log, tool, places)

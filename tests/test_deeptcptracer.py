@@ -44,7 +44,8 @@ def name(sock):
 
 # The scenarios. Each provokes something in this process and returns what has to be seen of it: {endpoints: events}.
 # endpoints: (saddr, sport, daddr, dport), or the last two of these. events: (event, oldstate, state, sk_err) in their
-# order, or a set of them where the number is the kernel's affair; "*" stands for what differs between kernels.
+# order, or a set of them where the number is the kernel's affair; "*" stands for what differs between kernels. A
+# scenario's count, if it has one, is what the kernel itself has counted.
 
 def provokes(*events):
     """Only events of these names are looked at; all, if there are none."""
@@ -161,6 +162,21 @@ def half_close():
             back: [("tcp_fin()", "ESTABLISHED", "ESTABLISHED", None), ("tcp_send_fin()", "CLOSE_WAIT", "LAST_ACK", None)]}
 
 
+@provokes("tcp_send_fin", "tcp_fin", "tcp_retransmit_skb")
+def retransmitted_fin():
+    """The client does not hear that its FIN has come, and sends it again: that is a retransmission, not one more FIN."""
+    with pair() as (client, server):
+        there, back = name(client), name(server)
+        deaf(client)
+        client.shutdown(socket.SHUT_WR)
+        time.sleep(1)
+        assert retransmitted(client) > 1
+        workload.reset(client)
+    return {there: {("tcp_send_fin()", "ESTABLISHED", "FIN_WAIT1", None),
+                    ("tcp_retransmit_skb()", None, "FIN_WAIT1", None)},
+            back: [("tcp_fin()", "ESTABLISHED", "ESTABLISHED", None)]}
+
+
 @provokes("sock_def_error_report")
 def keepalive_failure():
     with pair() as (client, server):
@@ -175,7 +191,7 @@ def keepalive_failure():
 
 
 SCENARIOS = [close_in_order, close_in_order_ipv6, reset_received, refused, connect_timeout, retransmission, zero_windows,
-             half_close, keepalive_failure]
+             half_close, retransmitted_fin, keepalive_failure]
 
 
 def alike(event, seen):
@@ -197,7 +213,7 @@ def difference(scenario, expected, objects):
                  if (line["saddr"], line["sport"], line["daddr"], line["dport"])[-len(endpoints):] == endpoints and
                  (not scenario.events or line["event"].partition("(")[0] in scenario.events)]
         seen = [(line["event"], line["oldstate"], line["state"], line["sk_err"]) for line in lines]
-        if not as_expected(events, seen):
+        if not as_expected(events, seen) or len(seen) != getattr(scenario, "count", len(seen)):
             wrong.append("%s: %s has %s, not %s" % (scenario.__name__, endpoints, seen, events))
         # nobody owns a socket before accept()
         owners = {line["pid"] for line in lines if line["state"] != "SYN_RECV" and line["oldstate"] != "SYN_RECV"}
@@ -271,7 +287,12 @@ class Events(unittest.TestCase):
     @live.by_timer
     def test_retransmission(self):
         self.play(retransmission)
-        self.assertEqual(len(self.tracer.lines), retransmission.count)
+
+    @live.by_timer
+    def test_retransmitted_fin(self):
+        self.play(retransmitted_fin)
+        events = [line["event"] for line in self.tracer.objects]
+        self.assertEqual((events.count("tcp_send_fin()"), events.count("tcp_fin()")), (1, 1))
 
     @live.by_timer
     def test_zero_windows(self):

@@ -1,0 +1,131 @@
+#!/usr/bin/python3
+"""All five tools at once under a mixed load for a long time: nothing missing, nothing grown.
+
+usage: soak.py [-r RATE] SECONDS
+
+The load: churn.c at RATE connections a second, with it the rounds of workload.py one after the other, and now and then
+a crowd of 2,000 connections that are open at once. In the end every tool's lines are compared with what the load itself
+has counted. Prints a row a check; exit status 1 if one fails.
+"""
+import argparse
+import collections
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+
+import live
+import test_many
+import test_tcpaccept
+import test_tcplife
+import test_tcpv4connect
+import workload
+
+MAPS = {"tcplife": "sessions", "deeptcptracer": "owners"}
+
+
+class Check:
+    """Prints a row for each thing that is compared, and remembers whether one was wrong."""
+
+    failed = False
+
+    def row(self, what, got, fine):
+        self.failed |= not fine
+        print("%-4s %-60s %s" % ("ok" if fine else "FAIL", what, got), flush=True)
+
+    def equal(self, what, got, expected):
+        self.row(what, got if got == expected else "%s, not %s" % (got, expected), got == expected)
+
+
+def mixed_load(seconds):
+    """What runs beside churn; the log of workload.py and {pid: connections} of the crowds."""
+    end, log, crowds = time.monotonic() + seconds, [], {}
+    while time.monotonic() < end:
+        log += workload.sessions(workload.work())
+        with test_many.Crowd(1, 2000) as crowd:
+            time.sleep(0.5)
+        crowds.update(dict.fromkeys(crowd.pids, 2000))
+    return log, crowds
+
+
+def held(tracers):
+    """Entries of the maps, by tool."""
+    return {tool: live.entries(tracers[tool], name) for tool, name in MAPS.items()}
+
+
+def compare(check, tracers, churn, log, crowds):
+    """Every line of every tool with what the load has counted. churn: (pid, connections)."""
+    pid, made = churn
+    by_pid, ours = {}, {}
+    for tool in ("tcplife", "tcpaccept", "tcpv4connect"):
+        objects = tracers[tool].objects
+        by_pid[tool] = collections.Counter(line["pid"] for line in objects)
+        ours[tool] = [line for line in objects if line["pid"] != pid and line["pid"] not in crowds]
+    check.equal("tcplife: sessions of churn", by_pid["tcplife"][pid], 2 * made)
+    check.equal("tcpaccept: accepts of churn", by_pid["tcpaccept"][pid], made)
+    check.equal("tcpv4connect: connects of churn", by_pid["tcpv4connect"][pid], made)
+    check.equal("tcplife: sessions of the crowds", sum(by_pid["tcplife"][one] for one in crowds), sum(crowds.values()))
+    missing, wrong = test_tcplife.difference(log, ours["tcplife"])
+    check.row("tcplife: of %d known sessions missing, wrong" % len(log), "%d, %d" % (len(missing), len(wrong)),
+              not missing and not wrong)
+    for text in [*missing, *wrong]:
+        print("     %s" % text)
+    for tool, known, key in (
+            ("tcpaccept", test_tcpaccept.accepted(log), test_tcpaccept.key),
+            ("tcpv4connect", [record for record in log if record["role"] == "client" and record["ip"] == 4],
+             test_tcpv4connect.key)):
+        missing, foreign = live.compare(known, ours[tool], key)
+        check.row("%s: of %d known missing, wrong" % (tool, len(known)), "%d, %d" % (len(missing), len(foreign)),
+                  not missing and not foreign)
+    total = tracers["tcpchurn"].objects[-1]["all"]
+    check.equal("tcpchurn: totals of churn", total,
+                {"opened": 2 * made, "accepted": made, "connected": made, "closed": 2 * made})
+    resets = sum(line["pid"] == pid for line in tracers["deeptcptracer"].objects)
+    check.equal("deeptcptracer: resets that churn has received", resets, made)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="All five tools at once under a mixed load for a long time.")
+    parser.add_argument("-r", "--rate", type=int, default=300, help="connections a second of churn.c")
+    parser.add_argument("seconds", type=float)
+    args = parser.parse_args()
+    test_tcplife.MS = 200               # the processes that log wait for a CPU
+    check, program = Check(), live.Churn()
+    load = subprocess.Popen(["sh", "-c", 'read -r _; exec "$0" "$@"', program.binary, "1000000000", "2", str(args.rate)],
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    tracers = {tool: live.Tracer(tool, "--json", *options, check=False) for tool, options in {
+        "tcplife": [], "tcpaccept": [], "tcpv4connect": [], "tcpchurn": [load.pid, "-i", "1"],
+        "deeptcptracer": ["-e", "tcp_reset"]}.items()}
+    for tracer in tracers.values():
+        tracer.start()
+    with contextlib.ExitStack() as stack:
+        for tracer in tracers.values():
+            stack.enter_context(tracer)
+        load.stdin.write("\n")
+        load.stdin.flush()
+        log, crowds = mixed_load(min(60, args.seconds / 10))
+        before = {tool: test_many.rss(tracer) for tool, tracer in tracers.items()}
+        more, more_crowds = mixed_load(args.seconds * 0.9)
+        after = {tool: test_many.rss(tracer) for tool, tracer in tracers.items()}
+        load.send_signal(signal.SIGINT)
+        made = int(load.communicate()[0].split()[3])
+        time.sleep(2.5)                 # an update of tcpchurn
+        left = held(tracers)
+    print("%d connections of churn, %d known sessions, %d of crowds" % (
+        made, len(log) + len(more), len(crowds) * 2000 + len(more_crowds) * 2000))
+    compare(check, tracers, (load.pid, made), log + more, {**crowds, **more_crowds})
+    for tool, tracer in tracers.items():
+        check.equal("%s: lost" % tool, live.told(tracer), 0)
+        for line in tracer.stderr.splitlines():
+            if " in all " in line:
+                print("     " + line)
+        check.row("%s: resident MB at a tenth, at the end" % tool, "%d, %d" % (before[tool] >> 10, after[tool] >> 10),
+                  after[tool] <= 1.05 * before[tool] + 2048)
+    for tool, entries in left.items():
+        check.row("%s: entries left in the map of sockets" % tool, entries, entries < 20)
+    return check.failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""What is not printed is told: printed + told lost = made, to the unit, when nobody reads or the buffers are small."""
+import contextlib
+import os
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+import unittest
+
+import live
+
+# Each with the lines it prints for a connection; None: it is not known, but a second one counts as much.
+TOOLS = {"tcplife": 2, "tcpaccept": 1, "tcpv4connect": 1, "deeptcptracer": None}
+OPTIONS = {"deeptcptracer": ["-e", "tcp_set_state"]}
+HEADINGS = {"tcplife": 1, "tcpaccept": 1, "tcpv4connect": 1, "deeptcptracer": 2}
+
+
+class Piped(live.Tracer):
+    """A tool that writes into a pipe; read() takes all that comes until it ends."""
+
+    def start(self):
+        self.out, self.err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=self.err)
+
+    def read(self):
+        def drain():
+            for chunk in iter(lambda: os.read(self.process.stdout.fileno(), 1 << 20), b""):
+                self.out.write(chunk.decode())
+        self.reader = threading.Thread(target=drain)
+        self.reader.start()
+
+    def stop(self, number=signal.SIGINT):
+        self.process.send_signal(number)
+        self.reader.join(live.START)
+        self.process.stdout.close()
+        super().stop(number)
+
+
+@unittest.skipUnless(live.MAY_TRACE, live.WHY_NOT)
+class Loss(unittest.TestCase):
+    maxDiff = None
+
+    @classmethod
+    def setUpClass(cls):
+        cls.churn = live.Churn()
+
+    def trace(self, load, kind=live.Tracer, pretend=None):
+        """All the tools and a second deeptcptracer while load(tracers) runs, which returns the connections made."""
+        with contextlib.ExitStack() as stack:
+            tracers = {tool: kind(tool, *OPTIONS.get(tool, []), check=False, pretend=pretend) for tool in TOOLS}
+            witness = live.Tracer("deeptcptracer", *OPTIONS["deeptcptracer"], check=False)
+            for tracer in [*tracers.values(), witness]:
+                tracer.start()
+            for tracer in [*tracers.values(), witness]:
+                stack.enter_context(tracer)
+            connections = load(tracers)
+        made = {tool: TOOLS[tool] * connections if TOOLS[tool] else
+                len(witness.lines) - HEADINGS[tool] + live.told(witness) for tool in TOOLS}
+        printed = {tool: len(tracer.lines) - HEADINGS[tool] for tool, tracer in tracers.items()}
+        lost = {tool: live.told(tracer) for tool, tracer in tracers.items()}
+        self.assertEqual({tool: printed[tool] + lost[tool] for tool in TOOLS}, made, (printed, lost))
+        self.assertEqual({tracer.status for tracer in tracers.values()}, {0})
+        return lost
+
+    def test_reader_stopped_for_ten_seconds(self):
+        def load(tracers):
+            churn = self.churn.start(10 ** 6, 2)
+            time.sleep(1)
+            for tracer in tracers.values():
+                tracer.process.send_signal(signal.SIGSTOP)
+            time.sleep(10)
+            for tracer in tracers.values():
+                tracer.process.send_signal(signal.SIGCONT)
+            time.sleep(1)
+            churn.send_signal(signal.SIGINT)
+            return int(churn.communicate()[0].split()[3])
+        lost = self.trace(load)
+        self.assertTrue(all(lost.values()), lost)
+
+    def test_reader_of_the_pipe_that_stalls(self):
+        def load(tracers):
+            self.churn.run(100000, 2)
+            for tracer in tracers.values():
+                tracer.read()
+            return 200000
+        lost = self.trace(load, kind=Piped)
+        self.assertTrue(all(lost.values()), lost)
+
+    def test_small_ring_buffer(self):
+        def load(_):
+            self.churn.run(20000, 2)
+            return 40000
+        lost = self.trace(load, pretend={"RING_PAGES": 4})
+        self.assertTrue(all(lost.values()), lost)
+
+    def test_small_perf_buffer(self):
+        def load(_):
+            self.churn.run(20000, 2)
+            return 40000
+        lost = self.trace(load, pretend={"has_ring_buffer": False, "PERF_PAGES": 4})
+        self.assertTrue(all(lost.values()), lost)

@@ -1,0 +1,119 @@
+"""Many sockets: 100,000 connections open at once, a million one after the other, and maps too small for what comes."""
+import collections
+import os
+import pathlib
+import resource
+import select
+import socket
+import time
+import unittest
+
+import live
+import workload
+
+PAIRS, EACH = 10, 10000             # processes on each side, and connections of each
+
+
+def raise_limit():
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+
+
+class Crowd:
+    """Pairs of processes with many connections between them, all open from the moment the context is entered."""
+
+    def __init__(self, pairs=PAIRS, each=EACH):
+        self.each = each
+        self.ready, is_ready = os.pipe()
+        over, self.over = os.pipe()
+        self.pids, ports = [], []
+        for n in range(pairs):
+            reader, writer = os.pipe()
+            self.pids.append(workload.spawn("many-server%d" % n, None, self.serve, n, writer, is_ready, over))
+            ports.append(int(os.read(reader, 10)))
+        self.pids += [workload.spawn("many-client%d" % n, None, self.visit, n, ports[n], is_ready, over)
+                      for n in range(pairs)]
+
+    def hold(self, is_ready, over, sockets):
+        os.close(self.over)
+        os.write(is_ready, b".")
+        os.read(over, 1)            # until all writers have closed it
+        for sock in sockets:
+            sock.close()
+
+    def serve(self, n, writer, is_ready, over):
+        raise_limit()
+        with socket.create_server(("127.0.1.%d" % (n + 1), 0), backlog=1000) as listener:
+            os.write(writer, b"%d" % listener.getsockname()[1])
+            self.hold(is_ready, over, [listener.accept()[0] for _ in range(self.each)])
+
+    def visit(self, n, port, is_ready, over):
+        raise_limit()
+        self.hold(is_ready, over, [socket.create_connection(("127.0.1.%d" % (n + 1), port)) for _ in range(self.each)])
+
+    def __enter__(self):
+        for _ in self.pids:
+            assert select.select([self.ready], [], [], 120)[0], "the connections take too long"
+            os.read(self.ready, 1)
+        return self
+
+    def __exit__(self, *_):
+        os.close(self.over)
+        workload.wait(*self.pids)
+
+
+def rss(tracer):
+    """Resident KB of a tool."""
+    status = pathlib.Path("/proc/%d/status" % tracer.process.pid).read_text()
+    return int(status.split("VmRSS:")[1].split()[0])
+
+
+@unittest.skipUnless(live.MAY_TRACE, live.WHY_NOT)
+class Many(unittest.TestCase):
+    maxDiff = None
+
+    def test_a_hundred_thousand_at_once(self):
+        with live.Tracer("tcplife", "--json") as tracer:
+            with Crowd() as crowd:
+                held = live.entries(tracer, "sessions")
+            time.sleep(0.5)
+            left = live.entries(tracer, "sessions")
+        self.assertGreaterEqual(held, 2 * PAIRS * EACH)
+        self.assertLess(left, 10)
+        self.assertEqual(collections.Counter(line["pid"] for line in tracer.objects if line["pid"] in crowd.pids),
+                         dict.fromkeys(crowd.pids, EACH))
+
+    def test_a_million_one_after_the_other(self):
+        churn = live.Churn()
+        load = churn.start(510000, 2)
+        names = {"tcplife": "sessions", "deeptcptracer": "owners"}
+        tracers = {tool: live.Tracer(tool, *options, check=False) for tool, options in {
+            "tcplife": [], "tcpaccept": [], "tcpv4connect": [], "deeptcptracer": ["-e", "tcp_reset"]}.items()}
+        for tracer in tracers.values():
+            tracer.start()
+        with tracers["tcplife"], tracers["tcpaccept"], tracers["tcpv4connect"], tracers["deeptcptracer"]:
+            time.sleep(1)
+            before = {tool: rss(tracer) for tool, tracer in tracers.items()}
+            load.wait()
+            load.stdout.close()
+            time.sleep(0.5)
+            after = {tool: rss(tracer) for tool, tracer in tracers.items()}
+            left = {tool: live.entries(tracers[tool], name) for tool, name in names.items()}
+        for tool in tracers:
+            self.assertLessEqual(after[tool], 1.05 * before[tool], tool)
+        self.assertLess(max(left.values()), 20, left)
+
+    def test_maps_that_are_too_small(self):
+        """What fits is traced, the rest is told."""
+        sessions = live.Tracer("tcplife", "--json", check=False, pretend={"MAX_SESSIONS": 1000})
+        events = live.Tracer("deeptcptracer", "-e", "tcp_reset", check=False, pretend={"MAX_SOCKETS": 1000})
+        with sessions, events:
+            with Crowd(1, 2000) as crowd:
+                pass
+            log = workload.work(scenarios=["client_close"])
+        printed = collections.Counter(line["pid"] for line in sessions.objects)
+        self.assertEqual(sum(printed[pid] for pid in crowd.pids) + live.told(sessions), 4000, sessions.stderr)
+        self.assertRegex(sessions.stderr, "(?m)^tcplife: in all [0-9]+ sessions lost: the map of live sessions was full$")
+        self.assertRegex(events.stderr, "(?m)^deeptcptracer: in all [0-9]+ owners lost: the map of live sockets was full$")
+        self.assertGreater(sum(printed[pid] for pid in crowd.pids), 500)
+        self.assertEqual({printed[record["pid"]] for record in log}, {1})
