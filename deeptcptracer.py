@@ -20,7 +20,7 @@
 import signal
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
-if __name__ == "__main__":      # taken by the wait in trace() only: nothing is interrupted half done, imports neither
+if __name__ == "__main__":      # taken by stop_asked() only: nothing is interrupted half done, imports neither
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 import argparse
@@ -66,6 +66,8 @@ STACK_DEPTH = 48                # frames
 RING_PAGES = 2048               # 8 MiB: 95,000 events without stacks
 PERF_PAGES = 256                # a CPU, where there is no ring buffer
 INTERVAL = 0.1                  # seconds between two looks at the ring buffer
+BATCH = 2000                    # records that are printed between two looks at it, if there are more
+MAX_PENDING = 1 << 26           # bytes that have been read and wait to be printed
 V4MAPPED = bytes(10) + b"\xff\xff"
 # Frames on top of a stack that belong to the tracing itself; a BPF program has no name there.
 MACHINERY = re.compile(rb"_*bpf_|__traceiter_|_*trace_|_*do_trace|perf_|k(ret)?probe|aggr_|ftrace_|\[unknown\]")
@@ -820,7 +822,7 @@ def load(args):
 # reading
 
 def open_ring(bpf, record_form):
-    """A function that returns what the ring holds, as a list of tuples in this form.
+    """A function that returns what the ring holds, as bytes of whole records of this form.
 
     bcc's own reader calls back into Python once an event. The layout of the ring is the kernel's ABI
     (Documentation/bpf/ringbuf.rst): a page with the consumer's position, one with the producer's, and the data, mapped
@@ -833,13 +835,14 @@ def open_ring(bpf, record_form):
 
     def read():
         start = position.value & size - 1
-        records = list(record_form.iter_unpack(data[start:start + produced[0] - position.value]))
-        for n, record in enumerate(records):
-            if record[0] != record_form.size - 8:        # another CPU is still writing this one
-                del records[n:]
+        records = data[start:start + produced[0] - position.value]
+        for n, length in enumerate(records.cast("I")[::record_form.size // 4]):
+            if length != record_form.size - 8:       # another CPU is still writing this one
+                records = records[:n * record_form.size]
                 break
-        position.value += len(records) * record_form.size
-        return records
+        taken = bytes(records)
+        position.value += len(taken)        # from now on the kernel may write there
+        return taken
     return read
 
 
@@ -848,7 +851,7 @@ def open_perf(bpf, record_form):
     records, header = [], bytes(8)
 
     def on_event(_cpu, data, _size):
-        records.append(record_form.unpack(header + ctypes.string_at(data, record_form.size - 8)))
+        records.append(header + ctypes.string_at(data, record_form.size - 8))
 
     # What does not fit is counted by the probe, whose perf_submit() fails.
     bpf["events"].open_perf_buffer(on_event, page_cnt=PERF_PAGES, lost_cb=lambda count: None)
@@ -856,7 +859,7 @@ def open_perf(bpf, record_form):
     def read():
         records.clear()
         bpf.perf_buffer_poll(0)
-        return records
+        return b"".join(records)
     return read
 
 
@@ -1036,6 +1039,12 @@ def write(text):
             raise KeyboardInterrupt
 
 
+def stop_asked():
+    """Whether a signal has come that ends the tool."""
+    # Not sigtimedwait() with a time: in CPython, it returns nonsense if SIGSTOP and SIGCONT have outlasted that.
+    return signal.sigpending() & STOP_SIGNALS and signal.sigtimedwait(STOP_SIGNALS, 0)
+
+
 def report(lost, told, form="%s: %d %s"):
     """Tell on stderr what has been lost and not been told; what has been told now."""
     for what, count in lost.items():
@@ -1055,11 +1064,16 @@ def trace(args, bpf):
         write(header(args))
     hangup = select.poll()
     hangup.register(1, 0)
-    stop = False
-    while not stop:
-        rest = max(0, min(INTERVAL, (end - time.monotonic_ns()) / 1e9))
-        stop = signal.sigtimedwait(STOP_SIGNALS, rest) or time.monotonic_ns() >= end or hangup.poll(0)
-        records = read()
+    pending, stop = bytearray(), False
+    while pending or not stop:
+        if not stop:
+            if not pending:
+                time.sleep(max(0, min(INTERVAL, (end - time.monotonic_ns()) / 1e9)))
+            stop = stop_asked() or time.monotonic_ns() >= end or hangup.poll(0)
+            if stop or len(pending) < MAX_PENDING:
+                pending += read()       # at once, and print it by and by: reading is much faster
+        records = list(form.iter_unpack(pending[:BATCH * form.size]))
+        del pending[:len(records) * form.size]
         if records:
             write(render(args, bcc, records))
             told = report(losses(bpf), told)

@@ -19,7 +19,7 @@
 import signal
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
-if __name__ == "__main__":      # taken by the wait in trace() only: nothing is interrupted half done, imports neither
+if __name__ == "__main__":      # taken by stop_asked() only: nothing is interrupted half done, imports neither
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 import argparse
@@ -783,6 +783,12 @@ def write(text):
             raise KeyboardInterrupt
 
 
+def stop_asked():
+    """Whether a signal has come that ends the tool."""
+    # Not sigtimedwait() with a time: in CPython, it returns nonsense if SIGSTOP and SIGCONT have outlasted that.
+    return signal.sigpending() & STOP_SIGNALS and signal.sigtimedwait(STOP_SIGNALS, 0)
+
+
 def report(lost, told, form="%s: %d %s"):
     """Tell on stderr what has been lost and not been told; what has been told now."""
     for what, count in lost.items():
@@ -800,9 +806,9 @@ def trace(args, bpf, birth):
     hangup.register(1, 0)
     stop = gone = False
     while not stop:
-        rest = max(0, min(INTERVAL, end - time.monotonic(), due - time.monotonic()))
+        time.sleep(max(0, min(INTERVAL, end - time.monotonic(), due - time.monotonic())))
         gone = birth_of(args.pid) != birth
-        stop = signal.sigtimedwait(STOP_SIGNALS, rest) or time.monotonic() >= end or hangup.poll(0) or gone
+        stop = stop_asked() or time.monotonic() >= end or hangup.poll(0) or gone
         if stop or time.monotonic() >= due:
             due = max(due + args.interval, time.monotonic())
             write(render(args, *windows.read()))

@@ -14,7 +14,8 @@ PYTHON = os.environ.get("PYTHON", "/usr/bin/python3")
 TOOLS = os.environ.get("TOOLS", str(ROOT))                      # the folder where the tools stand
 OPTIONS = os.environ.get("TOOL_OPTIONS", "").split()            # what every tool is started with
 SLOW = float(os.environ.get("SLOW", "1"))                       # how much slower this machine is than a real one
-SIGTIMEDWAIT = {"x86_64": 128, "aarch64": 137}[os.uname().machine]
+# Numbers of the system calls that time.sleep() makes: clock_nanosleep(), or select() or pselect6() of no descriptor.
+SLEEPS = {"x86_64": ("230", "23 0x0", "270 0x0"), "aarch64": ("115", "72 0x0")}[os.uname().machine]
 MAY_TRACE = os.geteuid() == 0 and os.path.exists("/sys/kernel/btf/vmlinux")
 WHY_NOT = "needs root and a kernel with BTF"
 START = 30 * SLOW       # seconds a tool may take until it traces
@@ -64,11 +65,11 @@ class Tracer:
         return self
 
     def is_tracing(self):
-        """In its main loop a tool waits for a signal, and nowhere else."""
+        """In its main loop a tool sleeps, and nowhere else."""
         try:
             with open("/proc/%d/syscall" % self.process.pid) as syscall:
-                return syscall.read().split()[0] == str(SIGTIMEDWAIT)
-        except (OSError, IndexError):
+                return syscall.read().startswith(SLEEPS)
+        except OSError:
             return False
 
     def stop(self, number=signal.SIGINT):
