@@ -66,7 +66,7 @@ STACK_DEPTH = 48                # frames
 RING_PAGES = 2048               # 8 MiB: 95,000 events without stacks
 PERF_PAGES = 256                # a CPU, where there is no ring buffer
 INTERVAL = 0.1                  # seconds between two looks at the ring buffer
-BATCH = 2000                    # records that are printed between two looks at it, if there are more
+BATCH = 1000                    # records that are printed between two looks at it, if there are more
 MAX_PENDING = 1 << 26           # bytes that have been read and wait to be printed
 V4MAPPED = bytes(10) + b"\xff\xff"
 # Frames on top of a stack that belong to the tracing itself; a BPF program has no name there.
@@ -944,7 +944,7 @@ def learn_existing(bpf):
 
 # output
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def address(packed):
     """Text of 16 bytes; IPv4 is ::ffff:a.b.c.d in them and a.b.c.d in the text."""
     if packed.startswith(V4MAPPED):
@@ -952,7 +952,7 @@ def address(packed):
     return socket.inet_ntop(socket.AF_INET6, packed)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def printable(comm):
     """Any user may put any bytes into comm: all but printable ASCII is shown as \\xNN, and a backslash as two."""
     return comm.partition(b"\0")[0].decode("latin-1").encode("unicode_escape").decode("ascii")
@@ -964,13 +964,13 @@ def clock(second):
 
 
 # A connection has many events, and a line is made of parts that come again: these are worth remembering.
-@functools.lru_cache(maxsize=16384)
+@functools.lru_cache(maxsize=1024)
 def endpoint(packed, port):
     text = address(packed)
     return "%-21s " % (("[%s]:%d" if ":" in text else "%s:%d") % (text, port))
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def who(event, pid, comm):
     return "%-23s %-6s %-16s " % (EVENTS[event], pid or "N/A", printable(comm) if pid else "N/A")
 

@@ -60,7 +60,7 @@ MAX_UNCLAIMED = 1 << 14         # sessions that ended before accept() returned t
 RING_PAGES = 1024               # 4 MiB: 40,000 sessions, more than half a second of the fastest load measured
 PERF_PAGES = 256                # a CPU, where there is no ring buffer
 INTERVAL = 0.1                  # seconds between two looks at the ring buffer
-BATCH = 2000                    # records that are printed between two looks at it, if there are more
+BATCH = 1000                    # records that are printed between two looks at it, if there are more
 MAX_PENDING = 1 << 26           # bytes that have been read and wait to be printed
 V4MAPPED = bytes(10) + b"\xff\xff"
 
@@ -717,7 +717,7 @@ def losses(bpf):
 
 # output
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def address(packed):
     """Text of 16 bytes; IPv4 is ::ffff:a.b.c.d in them and a.b.c.d in the text."""
     if packed.startswith(V4MAPPED):
@@ -725,7 +725,7 @@ def address(packed):
     return socket.inet_ntop(socket.AF_INET6, packed)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def printable(comm):
     """Any user may put any bytes into comm: all but printable ASCII is shown as \\xNN, and a backslash as two."""
     return comm.partition(b"\0")[0].decode("latin-1").encode("unicode_escape").decode("ascii")

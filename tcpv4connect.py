@@ -51,7 +51,7 @@ KERNEL_TYPES = ["tcp_sock", "net"]
 RING_PAGES = 512                # 2 MiB: 37,000 connects, more than a second of the fastest load measured
 PERF_PAGES = 256                # a CPU, where there is no ring buffer
 INTERVAL = 0.1                  # seconds between two looks at the ring buffer
-BATCH = 2000                    # records that are printed between two looks at it, if there are more
+BATCH = 1000                    # records that are printed between two looks at it, if there are more
 MAX_PENDING = 1 << 26           # bytes that have been read and wait to be printed
 
 bpf_text = r"""
@@ -470,12 +470,12 @@ def losses(bpf):
 
 # output
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def address(packed):
     return socket.inet_ntop(socket.AF_INET, packed)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def printable(comm):
     """Any user may put any bytes into comm: all but printable ASCII is shown as \\xNN, and a backslash as two."""
     return comm.partition(b"\0")[0].decode("latin-1").encode("unicode_escape").decode("ascii")

@@ -127,8 +127,9 @@ class Unseen:
 
     instance = "/sys/kernel/tracing/instances/tcp-tracers-test"
 
-    def __init__(self, tracer):
+    def __init__(self, tracer, buffer_kb=1 << 14):
         self.tracer, self.count = tracer, 0
+        self.buffer_kb = buffer_kb          # a CPU
 
     def write(self, name, text):
         with open(os.path.join(self.instance, name), "w") as file:
@@ -148,7 +149,7 @@ class Unseen:
         if not os.path.isdir("/sys/kernel/tracing/events"):
             subprocess.run(["mount", "-t", "tracefs", "tracefs", "/sys/kernel/tracing"], check=True)
         os.makedirs(self.instance, exist_ok=True)
-        self.write("buffer_size_kb", "16384")
+        self.write("buffer_size_kb", str(self.buffer_kb))
         self.write("trace", "\n")
         self.before = self.runs()
         self.write("events/sock/inet_sock_set_state/enable", "1")
