@@ -82,9 +82,10 @@ def main():
     signal.signal(signal.SIGINT, signal.default_int_handler)    # a background job ignores it, and so would the peers
     release = platform.release()
     ours = {tool: live.Tracer(tool, "--json", check=False) for _, tool, _ in PAIRS}
-    for one in ours.values():
-        one.start()
     with contextlib.ExitStack() as stack:
+        for one in ours.values():
+            one.start()
+            stack.callback(one.process.kill)        # if another one fails to start
         if not os.path.exists("/lib/modules/%s/build" % release):
             stack.enter_context(btfheaders.kernel_source(btfheaders.COMMON_TYPES))
         peers = {peer: Peer(shutil.which(peer)) for peer, _, _ in PAIRS if shutil.which(peer)}
