@@ -1,6 +1,6 @@
 # make demo      see the tools at work on connections of their own (installs what is missing; as root)
 # make test      all tests (installs what is missing; as root)
-# make test-kernels   the tools on other kernels, in virtual machines, with their releases' own bcc (KERNELS=bookworm: one)
+# make test-kernels   the tools on other kernels, in virtual machines (KERNELS=bookworm: on one)
 # make lint      the static part of the tests
 # make bench     what tracing costs, beside the load untraced and beside the peers that are installed
 # make soak      all five tools under a mixed load for DURATION seconds (default 1800), checked against its counts

@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-"""bcc's own tools and these ones on the same sessions of known processes: how many each missed, how many owners are wrong.
+"""bcc's own tools and these ones on the same sessions of known processes: what each missed, whose owners are wrong.
 
 usage: peers.py
 

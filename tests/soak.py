@@ -66,7 +66,8 @@ def compare(check, tracers, churn, log, crowds):
     check.equal("tcplife: sessions of churn", by_pid["tcplife"][pid], 2 * made)
     check.equal("tcpaccept: accepts of churn", by_pid["tcpaccept"][pid], made)
     check.equal("tcpv4connect: connects of churn", by_pid["tcpv4connect"][pid], made)
-    check.equal("tcplife: sessions of the crowds", sum(by_pid["tcplife"][one] for one in crowds), sum(crowds.values()))
+    check.equal("tcplife: sessions of the crowds", sum(by_pid["tcplife"][one] for one in crowds),
+                sum(crowds.values()))
     missing, wrong = test_tcplife.difference(log, ours["tcplife"])
     check.row("tcplife: of %d known sessions missing, wrong" % len(log), "%d, %d" % (len(missing), len(wrong)),
               not missing and not wrong)
@@ -95,7 +96,8 @@ def main():
     args = parser.parse_args()
     test_tcplife.MS = 200               # the processes that log wait for a CPU
     check, program = Check(), live.Churn()
-    load = subprocess.Popen(["sh", "-c", 'read -r _; exec "$0" "$@"', program.binary, "1000000000", "2", str(args.rate)],
+    # it waits until it is told to begin
+    load = subprocess.Popen(["sh", "-c", 'read -r _; exec "$0" "$@"', program.binary, str(10 ** 9), "2", str(args.rate)],
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     tracers = {tool: live.Tracer(tool, "--json", *options, check=False) for tool, options in {
         "tcplife": [], "tcpaccept": [], "tcpv4connect": [], "tcpchurn": [load.pid, "-i", "1"],

@@ -93,8 +93,8 @@ def reset_received():
         back = name(server)
         workload.reset(client)
         time.sleep(0.05)
-    return dict.fromkeys((there, back), [("tcp_reset()", None, "ESTABLISHED", None),
-                                         ("sock_def_error_report()", None, "CLOSE", "ECONNRESET")])
+    events = [("tcp_reset()", None, "ESTABLISHED", None), ("sock_def_error_report()", None, "CLOSE", "ECONNRESET")]
+    return {there: events, back: events}
 
 
 @provokes()
@@ -158,13 +158,15 @@ def half_close():
         server.close()
         client.recv(10)
         time.sleep(0.1)
-    return {there: [("tcp_send_fin()", "ESTABLISHED", "FIN_WAIT1", None), ("tcp_fin()", "FIN_WAIT2", "FIN_WAIT2", None)],
-            back: [("tcp_fin()", "ESTABLISHED", "ESTABLISHED", None), ("tcp_send_fin()", "CLOSE_WAIT", "LAST_ACK", None)]}
+    return {there: [("tcp_send_fin()", "ESTABLISHED", "FIN_WAIT1", None),
+                    ("tcp_fin()", "FIN_WAIT2", "FIN_WAIT2", None)],
+            back: [("tcp_fin()", "ESTABLISHED", "ESTABLISHED", None),
+                   ("tcp_send_fin()", "CLOSE_WAIT", "LAST_ACK", None)]}
 
 
 @provokes("tcp_send_fin", "tcp_fin", "tcp_retransmit_skb")
 def retransmitted_fin():
-    """The client does not hear that its FIN has come, and sends it again: that is a retransmission, not one more FIN."""
+    """The client does not hear that its FIN has come, and sends it again: a retransmission and not one more FIN."""
     with pair() as (client, server):
         there, back = name(client), name(server)
         deaf(client)
@@ -190,8 +192,8 @@ def keepalive_failure():
     return {there: [("sock_def_error_report()", None, "*", "ETIMEDOUT")]}
 
 
-SCENARIOS = [close_in_order, close_in_order_ipv6, reset_received, refused, connect_timeout, retransmission, zero_windows,
-             half_close, retransmitted_fin, keepalive_failure]
+SCENARIOS = [close_in_order, close_in_order_ipv6, reset_received, refused, connect_timeout, retransmission,
+             zero_windows, half_close, retransmitted_fin, keepalive_failure]
 
 
 def alike(event, seen):

@@ -7,8 +7,9 @@ import unittest
 import live
 import workload
 
-NAMES = [b"\x1b[2J\x1b[31mred", b"two\nlines", b"tab\there", b'quote"\'', b"a,b=c;d", b"back\\slash", b"\xff\xfe\x80 bad",
-         "gr\u00fc\u00df \u2192".encode(), b"\x7f\x9b31m", b"=cmd|'/C'!A0", b"%s%n%d", b"  spaces  ", b"{\"pid\": 1}", b"a\rb"]
+NAMES = [b"\x1b[2J\x1b[31mred", b"two\nlines", b"tab\there", b'quote"\'', b"a,b=c;d", b"back\\slash",
+         b"\xff\xfe\x80 bad", "gr\u00fc\u00df \u2192".encode(), b"\x7f\x9b31m", b"=cmd|'/C'!A0", b"%s%n%d",
+         b"  spaces  ", b"{\"pid\": 1}", b"a\rb"]
 # Each tool, and in how many ways it prints text.
 FORMS = {"tcplife": [["-w"], ["-s"], []], "tcpaccept": [[], ["-t"]], "tcpv4connect": [[], ["-U"]],
          "deeptcptracer": [[], ["-K"]]}
