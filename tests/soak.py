@@ -96,8 +96,8 @@ def main():
     args = parser.parse_args()
     test_tcplife.MS = 200               # the processes that log wait for a CPU
     check, program = Check(), live.Churn()
-    # it waits until it is told to begin
-    load = subprocess.Popen(["sh", "-c", 'read -r _; exec "$0" "$@"', program.binary, str(10 ** 9), "2", str(args.rate)],
+    command = [program.binary, str(10 ** 9), "2", str(args.rate)]
+    load = subprocess.Popen(["sh", "-c", 'read -r _; exec "$0" "$@"', *command],       # waits to be told
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     tracers = {tool: live.Tracer(tool, "--json", *options, check=False) for tool, options in {
         "tcplife": [], "tcpaccept": [], "tcpv4connect": [], "tcpchurn": [load.pid, "-i", "1"],
@@ -109,7 +109,7 @@ def main():
             stack.enter_context(tracer)
         load.stdin.write("\n")
         load.stdin.flush()
-        log, crowds = mixed_load(min(60, args.seconds / 10))
+        log, crowds = mixed_load(max(10, min(60, args.seconds / 10)))
         before = {tool: test_many.rss(tracer) for tool, tracer in tracers.items()}
         more, more_crowds = mixed_load(args.seconds * 0.9)
         after = {tool: test_many.rss(tracer) for tool, tracer in tracers.items()}
