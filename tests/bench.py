@@ -86,7 +86,11 @@ class Traced:
     def end(self):
         """How many lines it has printed."""
         self.process.send_signal(signal.SIGINT)
-        self.process.wait()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:       # a peer may not heed a signal that comes while it starts
+            self.process.kill()
+            self.process.wait()
         self.out.seek(0)
         return sum(1 for _ in self.out) - 1
 
