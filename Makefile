@@ -29,13 +29,13 @@ demo: deps-demo
 	@PYTHON=$(PYTHON) sh tests/demo.sh
 
 test: deps-test $(RUFF)
-	PYTHON=$(PYTHON) prove --directives $(TESTS)
+	PYTHON=$(PYTHON) prove --directives --failures --comments $(TESTS)
 
 test-kernels: deps-kernels
 	sh tests/kernels.sh $(KERNELS)
 
 lint: deps-test $(RUFF)
-	PYTHON=$(PYTHON) prove --directives tests/lint.t
+	PYTHON=$(PYTHON) prove --directives --failures --comments tests/lint.t
 
 bench: deps-test
 	$(PYTHON) tests/bench.py

@@ -58,6 +58,7 @@ alone() {
 signalled() {
     signal=$1
     shift
+    in_kernel >"$tmp/before"
     for delay in 0 0.03 0.06 0.1 0.15 0.2 0.3 0.5; do
         "./$@" >"$tmp/out" 2>"$tmp/err" &
         pid=$!
@@ -74,17 +75,23 @@ signalled() {
 }
 
 killed() {
+    in_kernel >"$tmp/before"
     for delay in 0.05 0.1 0.15 0.2 0.3 0.5; do
         timeout -s KILL $delay "./$@" >/dev/null 2>&1
     done
     nothing_left
 }
 
+# Programs and maps of other tools on this machine are not ours.
+in_kernel() {
+    { bpftool prog show && bpftool map show; } | sed -n 's/^\([0-9]*\): .* name \([a-z_]*\).*/\1 \2/p' | sort
+    cat /sys/kernel/debug/tracing/kprobe_events 2>/dev/null || true
+}
+
 nothing_left() {
     sleep 0.5
-    ! ls -d /tmp/btfheaders-* 2>/dev/null && ! bpftool prog show | grep -E 'name (tracepoint|kprobe|kretprobe)_' &&
-        ! bpftool map show | grep -E 'name (sessions|owners|owned|at_work|lost|recent) ' &&
-        ! grep -s . /sys/kernel/debug/tracing/kprobe_events
+    in_kernel >"$tmp/after"
+    ! ls -d /tmp/btfheaders-* 2>/dev/null && ! comm -13 "$tmp/before" "$tmp/after" | grep .
 }
 
 no_tracefs() {
