@@ -84,8 +84,10 @@ killed() {
 
 # Programs and maps of other tools on this machine are not ours.
 in_kernel() {
-    { bpftool prog show && bpftool map show; } | sed -n 's/^\([0-9]*\): .* name \([a-z_]*\).*/\1 \2/p' | sort
-    cat /sys/kernel/debug/tracing/kprobe_events 2>/dev/null || true
+    {
+        { bpftool prog show && bpftool map show; } | sed -n 's/^\([0-9]*\): .* name \([a-z_]*\).*/\1 \2/p'
+        cat /sys/kernel/debug/tracing/kprobe_events 2>/dev/null
+    } | sort
 }
 
 nothing_left() {
