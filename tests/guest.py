@@ -66,9 +66,8 @@ def has_io_uring():
     return True
 
 
-def make_sessions():
+def make_sessions(scenarios):
     """The log of workload.py. Half way the clock is set back by an hour, on a machine where that may be done."""
-    scenarios = [*workload.SCENARIOS] + ["io_uring"] * has_io_uring()
     half = len(scenarios) // 2
     log = workload.sessions(workload.work(scenarios[:half]))
     if os.environ.get("CLOCK_MAY_BE_SET"):
@@ -101,6 +100,7 @@ def differences(options, log, life, expected, tracers):
 
 def trace(options, pretend):
     """Run all on one workload; what was wrong, as texts, and what was looked at."""
+    scenarios = [*workload.SCENARIOS] + ["io_uring"] * has_io_uring()
     life = test_tcpchurn.Life()
     tracers = [live.Tracer(tool, "--json", *[life.pid] * (tool == "tcpchurn"), check=False, pretend=pretend)
                for tool in TOOLS]
@@ -109,7 +109,7 @@ def trace(options, pretend):
         tracer.start()
     with churn, events:
         with sessions, accepts, connects:
-            log = make_sessions()
+            log = make_sessions(scenarios)
         life.play()
         expected = [(scenario, scenario()) for scenario in test_deeptcptracer.SCENARIOS]
         life.end()
