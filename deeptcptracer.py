@@ -770,7 +770,7 @@ def attach(bpf, args):
     if "tcp_reset" in chosen:
         probes.append(("tcp_reset", "tcp_receive_reset", "reset"))
     if "tcp_retransmit_skb" in chosen:
-        probes.append(("__tcp_retransmit_skb", "tcp_retransmit_skb", "retransmit"))     # with tail loss probes
+        probes.append(("tcp_retransmit_skb", "tcp_retransmit_skb", "retransmit"))
     if chosen & {"tcp_ack", "tcp_select_window"}:
         probes.append(("tcp_rcv_established", "tcp_probe", "segment"))
     if "sock_def_error_report" in chosen:
