@@ -173,10 +173,10 @@ def by_timer(test):
     A timer's interrupt may come while a task is current for which this kernel runs no BPF program: see Unseen.
     """
     @functools.wraps(test)
-    def tries(self):
+    def tries(*args, **named):
         for attempt in (1, 2, 3):
             try:
-                return test(self)
+                return test(*args, **named)
             except AssertionError:
                 if attempt == 3:
                     raise
