@@ -173,10 +173,10 @@ def by_timer(test):
     A timer's interrupt may come while a task is current for which this kernel runs no BPF program: see Unseen.
     """
     @functools.wraps(test)
-    def tries(*args, **named):
+    def tries(self):
         for attempt in (1, 2, 3):
             try:
-                return test(*args, **named)
+                return test(self)
             except AssertionError:
                 if attempt == 3:
                     raise

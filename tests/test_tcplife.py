@@ -44,7 +44,6 @@ def difference(log, printed):
 class Truth(unittest.TestCase):
     maxDiff = None
 
-    @live.by_timer
     def trace(self, *args, wanted=lambda record: True, **work):
         with live.Tracer("tcplife", "--json", *args, check=False) as tracer, live.Unseen(tracer) as unseen:
             log = workload.sessions(workload.work(**work))
