@@ -94,9 +94,11 @@ BPF_HASH(unclaimed, struct sock *, struct event, MAX_UNCLAIMED);  /* finished be
 BPF_ARRAY(lost, u64, LOST_COUNTERS);
 /*
  * The kernel lets no program interrupt itself: while tracepoint_set_state() runs, what a softirq does is skipped there.
- * That goes to its twin.
+ * Its twin runs after it and takes what it has not seen. A socket changes its state under its lock, so once at a time.
  */
-BPF_PERCPU_ARRAY(newest, u64, 1);       /* state change that tracepoint_set_state() has seen */
+#define SEEN_BITS 14
+BPF_ARRAY(seen, u64, 1 << SEEN_BITS);   /* state changes between the two, by a hash of the socket */
+BPF_PROG_ARRAY(unseen, 1);              /* what the twin calls: tracepoint_set_state() */
 #ifdef RING_PAGES
 BPF_RINGBUF_OUTPUT(events, RING_PAGES);
 #else
@@ -321,10 +323,16 @@ static inline u64 change_of(struct bpf_raw_tracepoint_args *ctx)
     return ctx->args[0] ^ ctx->args[2] << 56;
 }
 
+static inline u64 *seen_of(struct bpf_raw_tracepoint_args *ctx)
+{
+    u32 slot = ctx->args[0] * 0x9e3779b97f4a7c15 >> (64 - SEEN_BITS);
+
+    return seen.lookup(&slot);
+}
+
 int tracepoint_set_state(struct bpf_raw_tracepoint_args *ctx)
 {
-    int zero = 0;
-    u64 *change = newest.lookup(&zero);
+    u64 *change = seen_of(ctx);
 
     if (change)
         *change = change_of(ctx);
@@ -332,18 +340,17 @@ int tracepoint_set_state(struct bpf_raw_tracepoint_args *ctx)
     return 0;
 }
 
-/* The twin: runs after it. */
+/* The twin. */
 int tracepoint_nested_state(struct bpf_raw_tracepoint_args *ctx)
 {
-    int zero = 0;
-    u64 *change = newest.lookup(&zero);
+    u64 *change = seen_of(ctx);
 
     if (change && *change == change_of(ctx)) {
         *change = 0;
         return 0;
     }
     count_lost(NOT_LOST);
-    state_change(ctx, (struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
+    unseen.call(ctx, 0);
     return 0;
 }
 
@@ -598,6 +605,7 @@ def attach_twin(bpf):
     if kernel_version() < (6, 1):       # there a program may interrupt itself
         return
     import bcc
+    bpf["unseen"][ctypes.c_int(0)] = ctypes.c_int(bpf.funcs[b"tracepoint_set_state"].fd)
     twin = bpf.load_func("tracepoint_nested_state", bcc.BPF.RAW_TRACEPOINT)
     if bcc.lib.bpf_attach_raw_tracepoint(twin.fd, b"inet_sock_set_state") < 0:
         raise OSError("Failed to attach BPF to raw tracepoint")
@@ -705,7 +713,7 @@ def losses(bpf):
     """How often each kind of loss has happened since the start, as {what: count}."""
     missed = 0
     for name, function in bpf.funcs.items():
-        if name == b"tracepoint_nested_state":
+        if name in (b"tracepoint_nested_state", b"tracepoint_destroy"):
             continue
         with open("/proc/self/fdinfo/%d" % function.fd) as info:        # the line exists since Linux 5.12
             missed += sum(int(n) for n in re.findall("recursion_misses:\\s*([0-9]+)", info.read()))

@@ -84,8 +84,8 @@ watch() {               # watch NAME: ends a guest that has not got as far as gu
     kill "$(cat "$tmp/$1.pid")"
 }
 
-# QEMU 7.2 with two CPUs sometimes runs into a breakpoint that the kernel has already taken out of its code again, at any
-# moment, and that kills what runs there ("qemu-x86_64 booting with 8.0.0 stil see int3", linux-kernel, July 2023).
+# QEMU 7.2 with two CPUs sometimes runs into a breakpoint that the kernel has already taken out of its code again. That
+# kills what runs there ("qemu-x86_64 booting with 8.0.0 stil see int3", linux-kernel, July 2023).
 is_emulators_fault() {
     ! grep -q 'guest: started' "$tmp/$1.out" || grep -q 'int3: 0000' "$tmp/$1.out"
 }

@@ -220,13 +220,14 @@ class Namespaces:
 class Churn:
     """The load of churn.c, compiled once: churn.run(connections, threads, rate) is the rate it reached."""
 
-    def __init__(self):
+    def __init__(self, namespace=None):
         self.folder = tempfile.TemporaryDirectory()
         self.binary = os.path.join(self.folder.name, "churn")
+        self.command = ["ip", "netns", "exec", namespace, self.binary] if namespace else [self.binary]
         subprocess.run(["cc", "-O2", "-pthread", "-o", self.binary, ROOT / "tests/churn.c"], check=True)
 
     def start(self, *numbers):
-        return subprocess.Popen([self.binary, *map(str, numbers)], stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen([*self.command, *map(str, numbers)], stdout=subprocess.PIPE, text=True)
 
     def run(self, *numbers):
-        return float(subprocess.check_output([self.binary, *map(str, numbers)], text=True).split()[-1])
+        return float(subprocess.check_output([*self.command, *map(str, numbers)], text=True).split()[-1])

@@ -1,7 +1,9 @@
 """What is not printed is told: printed + told lost = made, to the unit, when nobody reads or the buffers are small."""
 import contextlib
 import os
+import platform
 import signal
+import socket
 import subprocess
 import tempfile
 import threading
@@ -14,6 +16,31 @@ import live
 TOOLS = {"tcplife": 2, "tcpaccept": 1, "tcpv4connect": 1, "deeptcptracer": None}
 OPTIONS = {"deeptcptracer": ["-e", "tcp_set_state"]}
 HEADINGS = {"tcplife": 1, "tcpaccept": 1, "tcpv4connect": 1, "deeptcptracer": 2}
+
+
+# Starts a tool whose tracepoint_set_state() is loaded, but sees nothing: all is left to its twin.
+TWIN_ALONE = """
+import signal
+import sys
+import bcc
+sys.path.insert(0, {tools!r})
+import {tool}
+attach = bcc.BPF.attach_raw_tracepoint
+def attach_others(bpf, tp, fn_name):
+    if tp == "inet_sock_set_state":
+        bpf.load_func(fn_name, bcc.BPF.RAW_TRACEPOINT)
+    else:
+        attach(bpf, tp, fn_name)
+bcc.BPF.attach_raw_tracepoint = attach_others
+signal.pthread_sigmask(signal.SIG_BLOCK, {tool}.STOP_SIGNALS)
+{tool}.main()
+"""
+
+
+def twin_alone(tool, *options):
+    tracer = live.Tracer(tool, *options, "--json")
+    tracer.command[1:2] = ["-c", TWIN_ALONE.format(tool=tool, tools=live.TOOLS)]
+    return tracer
 
 
 class Piped(live.Tracer):
@@ -43,13 +70,19 @@ class Loss(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        cls.churn = live.Churn()
+        cls.namespaces = live.Namespaces().__enter__()
+        cls.churn = live.Churn(cls.namespaces.client)       # where nobody else has connections
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.namespaces.__exit__()
 
     def trace(self, load, kind=live.Tracer, pretend=None):
         """All the tools and a second deeptcptracer while load(tracers) runs, which returns the connections made."""
         with contextlib.ExitStack() as stack:
-            tracers = {tool: kind(tool, *OPTIONS.get(tool, []), check=False, pretend=pretend) for tool in TOOLS}
-            witness = live.Tracer("deeptcptracer", *OPTIONS["deeptcptracer"], check=False)
+            where = ["--netns", self.namespaces.client]
+            tracers = {tool: kind(tool, *where, *OPTIONS.get(tool, []), check=False, pretend=pretend) for tool in TOOLS}
+            witness = live.Tracer("deeptcptracer", *where, *OPTIONS["deeptcptracer"], check=False)
             for tracer in [*tracers.values(), witness]:
                 tracer.start()
             for tracer in [*tracers.values(), witness]:
@@ -100,3 +133,27 @@ class Loss(unittest.TestCase):
             return 40000
         lost = self.trace(load, pretend={"has_ring_buffer": False, "PERF_PAGES": 4})
         self.assertTrue(all(lost.values()), lost)
+
+    @unittest.skipIf(tuple(map(int, platform.release().split(".")[:2])) < (6, 1), "a program may interrupt itself here")
+    def test_twin_takes_what_the_first_does_not_see(self):
+        sessions, connects = twin_alone("tcplife"), twin_alone("tcpv4connect")
+        churn, events = twin_alone("tcpchurn", os.getpid()), twin_alone("deeptcptracer", *OPTIONS["deeptcptracer"])
+        witness = live.Tracer("deeptcptracer", *OPTIONS["deeptcptracer"], "--json")
+        tracers = [sessions, connects, churn, events, witness]
+        with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as stack:
+            for tracer in tracers:
+                tracer.start()
+            for tracer in tracers:
+                stack.enter_context(tracer)
+            for _ in range(50):
+                with socket.create_connection(listener.getsockname()):
+                    listener.accept()[0].close()
+            time.sleep(1.2)         # an update of tcpchurn
+        self.assertEqual([sum(line["pid"] == os.getpid() for line in tracer.objects) for tracer in (sessions, connects)],
+                         [100, 50])
+        self.assertEqual(churn.objects[-1]["all"],
+                         {"opened": 100, "accepted": 50, "connected": 50, "closed": 100})
+        changes = [[(line["saddr"], line["sport"], line["oldstate"], line["state"]) for line in tracer.objects
+                    if line["pid"] == os.getpid()] for tracer in (events, witness)]
+        self.assertEqual(*map(sorted, changes))
+        self.assertGreater(len(changes[0]), 300)
