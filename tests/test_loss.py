@@ -149,8 +149,8 @@ class Loss(unittest.TestCase):
                 with socket.create_connection(listener.getsockname()):
                     listener.accept()[0].close()
             time.sleep(1.2)         # an update of tcpchurn
-        self.assertEqual([sum(line["pid"] == os.getpid() for line in tracer.objects) for tracer in (sessions, connects)],
-                         [100, 50])
+        ours = [sum(line["pid"] == os.getpid() for line in tracer.objects) for tracer in (sessions, connects)]
+        self.assertEqual(ours, [100, 50])
         self.assertEqual(churn.objects[-1]["all"],
                          {"opened": 100, "accepted": 50, "connected": 50, "closed": 100})
         changes = [[(line["saddr"], line["sport"], line["oldstate"], line["state"]) for line in tracer.objects
