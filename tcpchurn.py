@@ -81,12 +81,12 @@ BPF_HASH(existing, u64, u8, MAX_SOCKETS);               /* open before the start
 BPF_ARRAY(ended, u8, 1);                                /* whether the process has */
 BPF_ARRAY(lost, u64, LOST_COUNTERS);
 /*
- * The kernel lets no program interrupt itself: while tracepoint_set_state() runs, what a softirq does is skipped there.
- * Its twin runs after it and takes what it has not seen. A socket changes its state under its lock, so once at a time.
+ * Since Linux 6.1, no program may interrupt itself: while one runs, it is skipped for what a softirq does. So two stand
+ * at the tracepoint, and the second takes what the first has not seen. A socket's state changes under its lock.
  */
-#define SEEN_BITS 14
-BPF_ARRAY(seen, u64, 1 << SEEN_BITS);   /* state changes between the two, by a hash of the socket */
-BPF_PROG_ARRAY(unseen, 1);              /* what the twin calls: tracepoint_set_state() */
+#define SEEN_BITS 10
+BPF_PERCPU_ARRAY(seen, u64, 1 << SEEN_BITS);    /* state changes that are between the two, by a hash of the socket */
+BPF_PROG_ARRAY(set_state, 1);                   /* what both call */
 
 static inline void count_lost(int what)
 {
@@ -242,6 +242,12 @@ int kprobe_destroy(struct pt_regs *ctx, struct sock *sk)
     return 0;
 }
 #else
+int tracepoint_set_state(struct bpf_raw_tracepoint_args *ctx)
+{
+    state_change((struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
+    return 0;
+}
+
 /* The socket, whose address begins with 0xff, and its new state. */
 static inline u64 change_of(struct bpf_raw_tracepoint_args *ctx)
 {
@@ -255,18 +261,17 @@ static inline u64 *seen_of(struct bpf_raw_tracepoint_args *ctx)
     return seen.lookup(&slot);
 }
 
-int tracepoint_set_state(struct bpf_raw_tracepoint_args *ctx)
+int tracepoint_set_state_first(struct bpf_raw_tracepoint_args *ctx)
 {
     u64 *change = seen_of(ctx);
 
     if (change)
         *change = change_of(ctx);
-    state_change((struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
+    set_state.call(ctx, 0);
     return 0;
 }
 
-/* The twin. */
-int tracepoint_nested_state(struct bpf_raw_tracepoint_args *ctx)
+int tracepoint_set_state_second(struct bpf_raw_tracepoint_args *ctx)
 {
     u64 *change = seen_of(ctx);
 
@@ -275,7 +280,7 @@ int tracepoint_nested_state(struct bpf_raw_tracepoint_args *ctx)
         return 0;
     }
     count_lost(NOT_LOST);
-    unseen.call(ctx, 0);
+    set_state.call(ctx, 0);
     return 0;
 }
 
@@ -572,14 +577,18 @@ def cflags(args):
     return ["-g0"] + ["-D%s=(%s)" % item for item in macros.items()]     # nobody debugs it: a tenth of the start
 
 
-def attach_twin(bpf):
-    """bcc itself attaches but one program to a raw tracepoint."""
-    if kernel_version() < (6, 1):       # there a program may interrupt itself
+def attach_set_state(bpf):
+    tracepoint = "inet_sock_set_state"
+    if kernel_version() < (6, 1):
+        bpf.attach_raw_tracepoint(tp=tracepoint, fn_name="tracepoint_set_state")
         return
     import bcc
-    bpf["unseen"][ctypes.c_int(0)] = ctypes.c_int(bpf.funcs[b"tracepoint_set_state"].fd)
-    twin = bpf.load_func("tracepoint_nested_state", bcc.BPF.RAW_TRACEPOINT)
-    if bcc.lib.bpf_attach_raw_tracepoint(twin.fd, b"inet_sock_set_state") < 0:
+    both_call = bpf.load_func("tracepoint_set_state", bcc.BPF.RAW_TRACEPOINT)
+    bpf["set_state"][ctypes.c_int(0)] = ctypes.c_int(both_call.fd)
+    bpf.attach_raw_tracepoint(tp=tracepoint, fn_name="tracepoint_set_state_first")
+    # bcc attaches but one program to a raw tracepoint
+    second = bpf.load_func("tracepoint_set_state_second", bcc.BPF.RAW_TRACEPOINT)
+    if bcc.lib.bpf_attach_raw_tracepoint(second.fd, tracepoint.encode()) < 0:
         raise OSError("Failed to attach BPF to raw tracepoint")
 
 
@@ -591,8 +600,7 @@ def attach(bpf, args):
         with contextlib.suppress(Exception):    # a kernel without CONFIG_TASKSTATS: the look at /proc has to do
             bpf.attach_kprobe(event="taskstats_exit", fn_name="kprobe_exit")
     else:
-        bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name="tracepoint_set_state")
-        attach_twin(bpf)
+        attach_set_state(bpf)
         bpf.attach_raw_tracepoint(tp="tcp_destroy_sock", fn_name="tracepoint_destroy")
         bpf.attach_raw_tracepoint(tp="sched_process_exit", fn_name="tracepoint_exit")
     if "KPROBE_ACCEPT" in sides:
@@ -748,7 +756,7 @@ def losses(bpf):
     """How often each kind of loss has happened since the start, as {what: count}."""
     missed = 0
     for name, function in bpf.funcs.items():
-        if name in (b"tracepoint_nested_state", b"tracepoint_destroy"):
+        if name in (b"tracepoint_set_state_second", b"tracepoint_destroy"):
             continue
         with open("/proc/self/fdinfo/%d" % function.fd) as info:        # the line exists since Linux 5.12
             missed += sum(int(n) for n in re.findall("recursion_misses:\\s*([0-9]+)", info.read()))

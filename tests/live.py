@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import tempfile
@@ -127,9 +128,8 @@ class Unseen:
 
     instance = "/sys/kernel/tracing/instances/tcp-tracers-test"
 
-    def __init__(self, tracer, buffer_kb=1 << 14):
+    def __init__(self, tracer):
         self.tracer, self.count = tracer, 0
-        self.buffer_kb = buffer_kb          # a CPU
 
     def write(self, name, text):
         with open(os.path.join(self.instance, name), "w") as file:
@@ -149,8 +149,6 @@ class Unseen:
         if not os.path.isdir("/sys/kernel/tracing/events"):
             subprocess.run(["mount", "-t", "tracefs", "tracefs", "/sys/kernel/tracing"], check=True)
         os.makedirs(self.instance, exist_ok=True)
-        self.write("buffer_size_kb", str(self.buffer_kb))
-        self.write("trace", "\n")
         self.before = self.runs()
         self.write("events/sock/inet_sock_set_state/enable", "1")
         return self
@@ -159,8 +157,8 @@ class Unseen:
         time.sleep(0.05)
         self.write("events/sock/inet_sock_set_state/enable", "0")
         after = self.runs()
-        with open(os.path.join(self.instance, "trace")) as trace:
-            traced = sum(" inet_sock_set_state: " in line for line in trace)
+        traced = sum(int(count) for path in pathlib.Path(self.instance).glob("per_cpu/*/stats")
+                     for count in re.findall("(?:entries|overrun): ([0-9]+)", path.read_text()))
         os.rmdir(self.instance)
         subprocess.run(["sysctl", "-q", "kernel.bpf_stats_enabled=0"], check=True)
         if after is not None:

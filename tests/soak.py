@@ -5,7 +5,8 @@ usage: soak.py [-r RATE] SECONDS
 
 The load: churn.c at RATE connections a second, with it the rounds of workload.py one after the other, and now and then
 a crowd of 2,000 connections that are open at once. In the end every tool's lines are compared with what the load itself
-has counted. Prints a row a check; exit status 1 if one fails.
+has counted. Prints a row a check; exit status 1 if one fails. A state change that the kernel has not shown to any
+program (live.Unseen) may be missing, no other; and tcplife has to tell it.
 """
 import argparse
 import collections
@@ -27,16 +28,20 @@ MAPS = {"tcplife": "sessions", "deeptcptracer": "owners"}
 
 
 class Check:
-    """Prints a row for each thing that is compared, and remembers whether one was wrong."""
+    """Prints a row for each thing that is compared, and remembers whether one was wrong.
 
-    failed = False
+    unseen: how many state changes the kernel has not shown, so how much may be missing.
+    """
+
+    def __init__(self):
+        self.failed, self.unseen = False, 0
 
     def row(self, what, got, fine):
         self.failed |= not fine
         print("%-4s %-60s %s" % ("ok" if fine else "FAIL", what, got), flush=True)
 
     def equal(self, what, got, expected):
-        self.row(what, got if got == expected else "%s, not %s" % (got, expected), got == expected)
+        self.row(what, got if got == expected else "%d of %d" % (got, expected), 0 <= expected - got <= self.unseen)
 
 
 def mixed_load(seconds):
@@ -55,8 +60,8 @@ def held(tracers):
     return {tool: live.entries(tracers[tool], name) for tool, name in MAPS.items()}
 
 
-def compare(check, tracers, churn, log, crowds):
-    """Every line of every tool with what the load has counted. churn: (pid, connections)."""
+def compare(check, tracers, churn, log, crowds, left):
+    """Every line of every tool with what the load has counted. churn: (pid, connections), left: in tcplife's map."""
     pid, made = churn
     by_pid, ours = {}, {}
     for tool in ("tcplife", "tcpaccept", "tcpv4connect"):
@@ -66,11 +71,14 @@ def compare(check, tracers, churn, log, crowds):
     check.equal("tcplife: sessions of churn", by_pid["tcplife"][pid], 2 * made)
     check.equal("tcpaccept: accepts of churn", by_pid["tcpaccept"][pid], made)
     check.equal("tcpv4connect: connects of churn", by_pid["tcpv4connect"][pid], made)
-    check.equal("tcplife: sessions of the crowds", sum(by_pid["tcplife"][one] for one in crowds),
-                sum(crowds.values()))
+    visits = sum(by_pid["tcplife"][one] for one in crowds)
+    check.equal("tcplife: sessions of the crowds", visits, sum(crowds.values()))
     missing, wrong = test_tcplife.difference(log, ours["tcplife"])
     check.row("tcplife: of %d known sessions missing, wrong" % len(log), "%d, %d" % (len(missing), len(wrong)),
-              not missing and not wrong)
+              len(missing) <= check.unseen and not wrong)
+    silent = (2 * made - by_pid["tcplife"][pid] + sum(crowds.values()) - visits + len(missing)
+              - live.told(tracers["tcplife"]) - left)
+    check.row("tcplife: missing, but neither told nor still in the map", max(0, silent), silent <= 0)
     for text in [*missing, *wrong]:
         print("     %s" % text)
     for tool, known, key in (
@@ -81,8 +89,8 @@ def compare(check, tracers, churn, log, crowds):
         check.row("%s: of %d known missing, wrong" % (tool, len(known)), "%d, %d" % (len(missing), len(foreign)),
                   not missing and not foreign)
     total = tracers["tcpchurn"].objects[-1]["all"]
-    check.equal("tcpchurn: totals of churn", total,
-                {"opened": 2 * made, "accepted": made, "connected": made, "closed": 2 * made})
+    for name, count in {"opened": 2 * made, "accepted": made, "connected": made, "closed": 2 * made}.items():
+        check.equal("tcpchurn: %s by churn" % name, total[name], count)
     known = sum(line["raddr"] == ADDRESS for line in tracers["tcplife"].objects)
     changes = collections.Counter((line["oldstate"], line["state"]) for line in tracers["deeptcptracer"].objects)
     for old, new in (("CLOSE", "SYN_SENT"), ("SYN_SENT", "ESTABLISHED")):
@@ -107,6 +115,7 @@ def main():
     with contextlib.ExitStack() as stack:
         for tracer in tracers.values():
             stack.enter_context(tracer)
+        unseen = stack.enter_context(live.Unseen(tracers["tcplife"]))
         load.stdin.write("\n")
         load.stdin.flush()
         log, crowds = mixed_load(max(10, min(60, args.seconds / 10)))
@@ -119,16 +128,18 @@ def main():
         left = held(tracers)
     print("%d connections of churn, %d known sessions, %d of crowds" % (
         made, len(log) + len(more), len(crowds) * 2000 + len(more_crowds) * 2000))
-    compare(check, tracers, (load.pid, made), log + more, {**crowds, **more_crowds})
+    check.unseen = unseen.count
+    print("%d state changes that the kernel has not shown" % unseen.count)
+    compare(check, tracers, (load.pid, made), log + more, {**crowds, **more_crowds}, left["tcplife"])
     for tool, tracer in tracers.items():
-        check.equal("%s: lost" % tool, live.told(tracer), 0)
+        check.row("%s: lost" % tool, live.told(tracer), live.told(tracer) <= unseen.count)
         for line in tracer.stderr.splitlines():
             if " in all " in line:
                 print("     " + line)
         check.row("%s: resident MB at a tenth, at the end" % tool, "%d, %d" % (before[tool] >> 10, after[tool] >> 10),
                   after[tool] <= 1.05 * before[tool] + 2048)
     for tool, entries in left.items():
-        check.row("%s: entries left in the map of sockets" % tool, entries, entries < 20)
+        check.row("%s: entries left in the map of sockets" % tool, entries, entries < 20 + unseen.count)
     return check.failed
 
 
