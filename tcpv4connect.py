@@ -71,8 +71,8 @@ enum { LOST_EVENT, NOT_LOST, LOST_COUNTERS };
 
 BPF_ARRAY(lost, u64, LOST_COUNTERS);
 /*
- * Since Linux 6.1, no program may interrupt itself: while one runs, it is skipped for what a softirq does. So two stand
- * at the tracepoint, and the second takes what the first has not seen. A socket's state changes under its lock.
+ * The kernel lets no program interrupt itself (since 6.1): while one runs, it is skipped for what a softirq does. So
+ * two stand at the tracepoint, and the second takes what the first has not seen.
  */
 #define SEEN_BITS 10
 BPF_PERCPU_ARRAY(seen, u64, 1 << SEEN_BITS);    /* state changes that are between the two, by a hash of the socket */
@@ -381,11 +381,8 @@ def cflags(args):
 
 
 def attach_set_state(bpf):
-    tracepoint = "inet_sock_set_state"
-    if kernel_version() < (6, 1):
-        bpf.attach_raw_tracepoint(tp=tracepoint, fn_name="tracepoint_set_state")
-        return
     import bcc
+    tracepoint = "inet_sock_set_state"
     both_call = bpf.load_func("tracepoint_set_state", bcc.BPF.RAW_TRACEPOINT)
     bpf["set_state"][ctypes.c_int(0)] = ctypes.c_int(both_call.fd)
     bpf.attach_raw_tracepoint(tp=tracepoint, fn_name="tracepoint_set_state_first")

@@ -48,7 +48,8 @@ def mixed_load(seconds):
     """What runs beside churn; the log of workload.py and {pid: connections} of the crowds."""
     end, log, crowds = time.monotonic() + seconds, [], {}
     while time.monotonic() < end:
-        log += workload.sessions(workload.work())
+        for _ in range(5):
+            log += workload.sessions(workload.work())
         with test_many.Crowd(1, 2000) as crowd:
             time.sleep(0.5)
         crowds.update(dict.fromkeys(crowd.pids, 2000))
@@ -113,6 +114,7 @@ def main():
     for tracer in tracers.values():
         tracer.start()
     with contextlib.ExitStack() as stack:
+        stack.callback(load.kill)
         for tracer in tracers.values():
             stack.enter_context(tracer)
         unseen = stack.enter_context(live.Unseen(tracers["tcplife"]))

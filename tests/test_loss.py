@@ -1,7 +1,6 @@
 """What is not printed is told: printed + told lost = made, to the unit, when nobody reads or the buffers are small."""
 import contextlib
 import os
-import platform
 import signal
 import socket
 import subprocess
@@ -18,8 +17,8 @@ OPTIONS = {"deeptcptracer": ["-e", "tcp_set_state"]}
 HEADINGS = {"tcplife": 1, "tcpaccept": 1, "tcpv4connect": 1, "deeptcptracer": 2}
 
 
-# Starts a tool whose tracepoint_set_state() is loaded, but sees nothing: all is left to its twin.
-TWIN_ALONE = """
+# Starts a tool whose tracepoint_set_state() is loaded, but sees nothing: all is left to the second program.
+SECOND_ALONE = """
 import signal
 import sys
 import bcc
@@ -37,9 +36,9 @@ signal.pthread_sigmask(signal.SIG_BLOCK, {tool}.STOP_SIGNALS)
 """
 
 
-def twin_alone(tool, *options):
+def second_alone(tool, *options):
     tracer = live.Tracer(tool, *options, "--json")
-    tracer.command[1:2] = ["-c", TWIN_ALONE.format(tool=tool, tools=live.TOOLS)]
+    tracer.command[1:2] = ["-c", SECOND_ALONE.format(tool=tool, tools=live.TOOLS)]
     return tracer
 
 
@@ -134,10 +133,10 @@ class Loss(unittest.TestCase):
         lost = self.trace(load, pretend={"has_ring_buffer": False, "PERF_PAGES": 4})
         self.assertTrue(all(lost.values()), lost)
 
-    @unittest.skipIf(tuple(map(int, platform.release().split(".")[:2])) < (6, 1), "a program may interrupt itself here")
-    def test_twin_takes_what_the_first_does_not_see(self):
-        sessions, connects = twin_alone("tcplife"), twin_alone("tcpv4connect")
-        churn, events = twin_alone("tcpchurn", os.getpid()), twin_alone("deeptcptracer", *OPTIONS["deeptcptracer"])
+    def test_second_takes_what_the_first_does_not_see(self):
+        sessions, connects = second_alone("tcplife"), second_alone("tcpv4connect")
+        churn = second_alone("tcpchurn", os.getpid())
+        events = second_alone("deeptcptracer", *OPTIONS["deeptcptracer"])
         witness = live.Tracer("deeptcptracer", *OPTIONS["deeptcptracer"], "--json")
         tracers = [sessions, connects, churn, events, witness]
         with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as stack:

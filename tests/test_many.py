@@ -23,16 +23,21 @@ class Crowd:
     """Pairs of processes with many connections between them, all open from the moment the context is entered."""
 
     def __init__(self, pairs=PAIRS, each=EACH):
-        self.each = each
-        self.ready, is_ready = os.pipe()
-        over, self.over = os.pipe()
+        self.each, self.ends = each, []
+        self.ready, is_ready = self.pipe()
+        over, self.over = self.pipe()
         self.pids, ports = [], []
         for n in range(pairs):
-            reader, writer = os.pipe()
+            reader, writer = self.pipe()
             self.pids.append(workload.spawn("many-server%d" % n, None, self.serve, n, writer, is_ready, over))
             ports.append(int(os.read(reader, 10)))
         self.pids += [workload.spawn("many-client%d" % n, None, self.visit, n, ports[n], is_ready, over)
                       for n in range(pairs)]
+
+    def pipe(self):
+        ends = os.pipe()
+        self.ends += ends
+        return ends
 
     def hold(self, is_ready, over, sockets):
         os.close(self.over)
@@ -58,7 +63,8 @@ class Crowd:
         return self
 
     def __exit__(self, *_):
-        os.close(self.over)
+        for end in self.ends:
+            os.close(end)
         workload.wait(*self.pids)
 
 

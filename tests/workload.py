@@ -13,6 +13,7 @@ as one JSON object a session end:
 v4-mapped addresses are logged as IPv4, which is what goes over the wire.
 """
 import argparse
+import contextlib
 import ctypes
 import errno
 import json
@@ -227,6 +228,15 @@ def start_server(run, work, *args):
         return pid, int(lines.readline())
 
 
+@contextlib.contextmanager
+def pipe():
+    """(reader, writer), both closed afterwards."""
+    ends = os.pipe()
+    yield ends
+    for end in ends:
+        os.close(end)
+
+
 def wait(*pids):
     for pid in pids:
         os.waitpid(pid, 0)
@@ -267,51 +277,47 @@ def threads(run):
 
 def early(run):
     """The client is gone, by close or by reset, before the server calls accept()."""
-    reader, writer = os.pipe()
-    addresses, address = os.pipe()
+    with pipe() as (reader, writer), pipe() as (addresses, address):
+        def visitor(port):
+            sock, record = connect(run, port)
+            record["sent"] = send(sock, REQUEST)
+            time.sleep(PAUSE)
+            finish(run, "client", sock, record, reset if run.scenario == "early_reset" else socket.socket.close)
+            os.write(address, json.dumps(record).encode())
+            os.write(writer, b"x")
 
-    def visitor(port):
-        sock, record = connect(run, port)
-        record["sent"] = send(sock, REQUEST)
-        time.sleep(PAUSE)
-        finish(run, "client", sock, record, reset if run.scenario == "early_reset" else socket.socket.close)
-        os.write(address, json.dumps(record).encode())
-        os.write(writer, b"x")
-
-    def server(listener):
-        os.read(reader, 1)
-        time.sleep(PAUSE)
-        sock = listener.accept()[0]
-        seen = json.loads(os.read(addresses, 4096))
-        record = dict(identity(), failed=None, sent=0, ip=seen["ip"], laddr=seen["raddr"], lport=seen["rport"],
-                      raddr=seen["laddr"], rport=seen["lport"], received=receive(sock) or REQUEST)
-        finish(run, "server", sock, record, socket.socket.close)
-    pid, port = start_server(run, server)
-    wait(spawn("cli-" + run.scenario, run.client_ns, visitor, port), pid)
+        def server(listener):
+            os.read(reader, 1)
+            time.sleep(PAUSE)
+            sock = listener.accept()[0]
+            seen = json.loads(os.read(addresses, 4096))
+            record = dict(identity(), failed=None, sent=0, ip=seen["ip"], laddr=seen["raddr"], lport=seen["rport"],
+                          raddr=seen["laddr"], rport=seen["lport"], received=receive(sock) or REQUEST)
+            finish(run, "server", sock, record, socket.socket.close)
+        pid, port = start_server(run, server)
+        wait(spawn("cli-" + run.scenario, run.client_ns, visitor, port), pid)
 
 
 def unaccepted(run):
     """The server ends without ever having called accept(): the kernel resets what waits."""
-    reader, writer = os.pipe()
-    addresses, address = os.pipe()
+    with pipe() as (reader, writer), pipe() as (addresses, address):
+        def visitor(port):
+            sock, record = connect(run, port)
+            record["sent"] = send(sock, REQUEST)
+            time.sleep(PAUSE)
+            os.write(address, json.dumps(record).encode())
+            os.write(writer, b"x")
+            receive(sock)
+            finish(run, "client", sock, record, socket.socket.close)
 
-    def visitor(port):
-        sock, record = connect(run, port)
-        record["sent"] = send(sock, REQUEST)
-        time.sleep(PAUSE)
-        os.write(address, json.dumps(record).encode())
-        os.write(writer, b"x")
-        receive(sock)
-        finish(run, "client", sock, record, socket.socket.close)
-
-    def server(listener):
-        os.read(reader, 1)
-        seen = json.loads(os.read(addresses, 4096))
-        record = dict(identity(), failed=None, sent=0, ip=seen["ip"], laddr=seen["raddr"], lport=seen["rport"],
-                      raddr=seen["laddr"], rport=seen["lport"], received=REQUEST)
-        finish(run, "server", listener, record, socket.socket.close)
-    pid, port = start_server(run, server)
-    wait(spawn("cli-unaccepted", run.client_ns, visitor, port), pid)
+        def server(listener):
+            os.read(reader, 1)
+            seen = json.loads(os.read(addresses, 4096))
+            record = dict(identity(), failed=None, sent=0, ip=seen["ip"], laddr=seen["raddr"], lport=seen["rport"],
+                          raddr=seen["laddr"], rport=seen["lport"], received=REQUEST)
+            finish(run, "server", listener, record, socket.socket.close)
+        pid, port = start_server(run, server)
+        wait(spawn("cli-unaccepted", run.client_ns, visitor, port), pid)
 
 
 def refused(run):
