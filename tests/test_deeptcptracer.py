@@ -37,6 +37,14 @@ def pair(family=socket.AF_INET):
         yield client, server
 
 
+def reset(sock, peer):
+    """Reset this end, and wait until the other one knows."""
+    workload.reset(sock)
+    give_up = time.monotonic() + 5
+    while peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) != b"\x07" and time.monotonic() < give_up:
+        time.sleep(0.01)                # 7: TCP_CLOSE
+
+
 def name(sock):
     """(local address, port, remote address, port)"""
     return (*sock.getsockname()[:2], *sock.getpeername()[:2])
@@ -87,12 +95,10 @@ def close_in_order_ipv6():
 def reset_received():
     with pair() as (client, server):
         there = name(client)
-        workload.reset(server)
-        time.sleep(0.05)
+        reset(server, client)
     with pair() as (client, server):
         back = name(server)
-        workload.reset(client)
-        time.sleep(0.05)
+        reset(client, server)
     events = [("tcp_reset()", None, "ESTABLISHED", None), ("sock_def_error_report()", None, "CLOSE", "ECONNRESET")]
     return {there: events, back: events}
 
@@ -173,7 +179,7 @@ def retransmitted_fin():
         client.shutdown(socket.SHUT_WR)
         time.sleep(1)
         assert retransmitted(client) > 1
-        workload.reset(client)
+        reset(client, server)
     return {there: {("tcp_send_fin()", "ESTABLISHED", "FIN_WAIT1", None),
                     ("tcp_retransmit_skb()", None, "FIN_WAIT1", None)},
             back: [("tcp_fin()", "ESTABLISHED", "ESTABLISHED", None)]}
