@@ -415,8 +415,11 @@ def sessions(log):
         else:
             # Who closes first is done when the peer has acknowledged that, at the latest when the peer closes too.
             last = max(record["died"][1] for record in records)
+            closing = {record["role"]: record["died"][0] for record in records}
             for record in records:
-                record.update(born=born, died=[record["died"][0], last])
+                # After a half close it is the server's close() that ends it for the client, who may hear of it late.
+                role = "server" if record["scenario"] == "half_close" else record["role"]
+                record.update(born=born, died=[closing[role], last])
     return log
 
 
