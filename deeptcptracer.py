@@ -114,11 +114,11 @@ BPF_HASH(existing, u64, struct owner, MAX_SOCKETS);     /* of sockets from befor
 BPF_ARRAY(lost, u64, LOST_COUNTERS);
 /*
  * The kernel lets no program interrupt itself (since 6.1): while one runs, it is skipped for what a softirq does. So
- * two stand at the tracepoint, and the second takes what the first has not seen.
+ * two stand at the tracepoint, and the second takes what the first has not seen. They cannot share a third by a tail
+ * call: since 6.13 that would have one stack a CPU, and they do interrupt each other.
  */
 #define SEEN_BITS 10
 BPF_PERCPU_ARRAY(seen, u64, 1 << SEEN_BITS);    /* state changes that are between the two, by a hash of the socket */
-BPF_PROG_ARRAY(set_state, 1);                   /* what both call */
 #ifdef RING_PAGES
 BPF_RINGBUF_OUTPUT(events, RING_PAGES);
 #else
@@ -382,12 +382,6 @@ int kprobe_segment(struct pt_regs *ctx, struct sock *sk, struct sk_buff *skb)
     return 0;
 }
 #else
-int tracepoint_set_state(struct bpf_raw_tracepoint_args *ctx)
-{
-    state_change(ctx, (struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
-    return 0;
-}
-
 /* The socket, whose address begins with 0xff, and its new state. */
 static inline u64 change_of(struct bpf_raw_tracepoint_args *ctx)
 {
@@ -407,7 +401,7 @@ int tracepoint_set_state_first(struct bpf_raw_tracepoint_args *ctx)
 
     if (change)
         *change = change_of(ctx);
-    set_state.call(ctx, 0);
+    state_change(ctx, (struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
     return 0;
 }
 
@@ -420,7 +414,7 @@ int tracepoint_set_state_second(struct bpf_raw_tracepoint_args *ctx)
         return 0;
     }
     count_lost(NOT_LOST);
-    set_state.call(ctx, 0);
+    state_change(ctx, (struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
     return 0;
 }
 
@@ -766,8 +760,6 @@ def cflags(args):
 def attach_set_state(bpf):
     import bcc
     tracepoint = "inet_sock_set_state"
-    both_call = bpf.load_func("tracepoint_set_state", bcc.BPF.RAW_TRACEPOINT)
-    bpf["set_state"][ctypes.c_int(0)] = ctypes.c_int(both_call.fd)
     bpf.attach_raw_tracepoint(tp=tracepoint, fn_name="tracepoint_set_state_first")
     # bcc attaches but one program to a raw tracepoint
     second = bpf.load_func("tracepoint_set_state_second", bcc.BPF.RAW_TRACEPOINT)
