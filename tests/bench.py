@@ -154,7 +154,7 @@ def syscall():
 
 def main():
     parser = argparse.ArgumentParser(description="What tracing costs.")
-    parser.add_argument("-n", "--pairs", type=int, default=9)
+    parser.add_argument("-n", "--pairs", type=int, default=5)
     parser.add_argument("-c", "--connections", type=int, default=20000, help="of each of the two client threads")
     parser.add_argument("tools", nargs="*", default=list(TOOLS), metavar="TOOL")
     args = parser.parse_args()
