@@ -63,7 +63,10 @@ def held(tracers):
 
 def load_of(line):
     """Which part of the load a line is of. By the name: a PID is used again within half an hour."""
-    return "churn" if line["comm"] == "churn" else "crowds" if (line["comm"] or "").startswith("many-") else "known"
+    comm = line["comm"] or ""
+    if comm.startswith("many-"):
+        return "crowds"
+    return "churn" if comm == "churn" else "known"
 
 
 def compare(check, tracers, made, log, visits, left):

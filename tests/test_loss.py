@@ -17,7 +17,7 @@ OPTIONS = {"deeptcptracer": ["-e", "tcp_set_state"]}
 HEADINGS = {"tcplife": 1, "tcpaccept": 1, "tcpv4connect": 1, "deeptcptracer": 2}
 
 
-# Starts a tool whose tracepoint_set_state() is loaded, but sees nothing: all is left to the second program.
+# Starts a tool whose tracepoint_set_state_first() is loaded, but sees nothing: all is left to the second.
 SECOND_ALONE = """
 import signal
 import sys
