@@ -120,16 +120,17 @@ def entries(tracer, name):
 
 
 class Unseen:
-    """How many state changes the kernel traced, but did not show to the tool's BPF program, while the context lasted.
+    """What state changes ftrace saw while the context lasted, and how many of them the tool's BPF program was not shown.
 
     There are kernels that run no BPF program while certain tasks are current (seen on a 6.18 micro-VM: its own agent).
     A state change that a timer makes then is visible in ftrace only. Elsewhere count is 0.
     """
 
     instance = "/sys/kernel/tracing/instances/tcp-tracers-test"
+    change = re.compile(r" ([0-9.]+): inet_sock_set_state: .* sport=(\d+) dport=(\d+) .* newstate=TCP_(\w+)")
 
     def __init__(self, tracer):
-        self.tracer, self.count = tracer, 0
+        self.tracer, self.count, self.trace = tracer, 0, ""
 
     def write(self, name, text):
         with open(os.path.join(self.instance, name), "w") as file:
@@ -150,6 +151,7 @@ class Unseen:
             subprocess.run(["mount", "-t", "tracefs", "tracefs", "/sys/kernel/tracing"], check=True)
         os.makedirs(self.instance, exist_ok=True)
         self.before = self.runs()
+        self.write("trace_clock", "mono")
         self.write("events/sock/inet_sock_set_state/enable", "1")
         return self
 
@@ -159,10 +161,18 @@ class Unseen:
         after = self.runs()
         traced = sum(int(count) for path in pathlib.Path(self.instance).glob("per_cpu/*/stats")
                      for count in re.findall("(?:entries|overrun): ([0-9]+)", path.read_text()))
+        self.trace = pathlib.Path(self.instance, "trace").read_text()
         os.rmdir(self.instance)
         subprocess.run(["sysctl", "-q", "kernel.bpf_stats_enabled=0"], check=True)
         if after is not None:
             self.count = max(0, traced - (after - self.before))
+
+    def times(self):
+        """{(lport, rport, new state): [CLOCK_MONOTONIC seconds, ...]} of what the kernel traced last."""
+        times = collections.defaultdict(list)
+        for seconds, lport, rport, state in self.change.findall(self.trace):
+            times[int(lport), int(rport), state].append(float(seconds))
+        return times
 
 
 def by_timer(test):

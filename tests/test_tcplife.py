@@ -40,6 +40,19 @@ def difference(log, printed):
     return missing, wrong + ["no such session: %s" % line for lines in found.values() for line in lines]
 
 
+def timed(log, times):
+    """The log with the moments at which ftrace saw an accepted session begin, and any session end.
+
+    A process only knows what it asked for. The packet that makes it so may wait on a busy CPU for milliseconds.
+    """
+    for known in log:
+        for name, state in (("born", "ESTABLISHED"), ("died", "CLOSE")):
+            moments = times.get((known["lport"], known["rport"], state), [])
+            if len(moments) == 1 and (name == "died" or known["role"] == "server"):
+                known[name] = moments * 2
+    return log
+
+
 @unittest.skipUnless(live.MAY_TRACE, live.WHY_NOT)
 class Truth(unittest.TestCase):
     maxDiff = None
@@ -47,6 +60,7 @@ class Truth(unittest.TestCase):
     def trace(self, *args, wanted=lambda record: True, **work):
         with live.Tracer("tcplife", "--json", *args, check=False) as tracer, live.Unseen(tracer) as unseen:
             log = workload.sessions(workload.work(**work))
+        timed(log, unseen.times())
         missing, wrong = difference([record for record in log if wanted(record)], tracer.objects)
         self.assertEqual(wrong, [])
         if unseen.count:
