@@ -1,4 +1,5 @@
 """tcpchurn against a process that opens and closes known numbers of connections in known seconds."""
+import collections
 import os
 import signal
 import socket
@@ -115,7 +116,7 @@ def steps(peer):
 class Life:
     """A process that opens and closes connections step by step, and another one that does the same beside it."""
 
-    ALL = {"opened": 99, "accepted": 34, "connected": 65, "closed": 102}        # in the end
+    ALL = collections.Counter(opened=99, accepted=34, connected=65, closed=102)         # in the end
 
     def __init__(self):
         self.sides = []
