@@ -69,18 +69,20 @@ struct event {
 
 enum { LOST_EVENT, NOT_LOST, LOST_COUNTERS };
 
-BPF_ARRAY(lost, u64, LOST_COUNTERS);
 /*
- * The kernel lets no program interrupt itself (since 6.1): while one runs, it is skipped for what a softirq does. So
- * two stand at the tracepoint, and the second takes what the first has not seen. They cannot share a third by a tail
- * call: since 6.13 that would have one stack a CPU, and they do interrupt each other.
+ * The kernel lets no program interrupt itself (since 6.1): while one runs, it is skipped for what a softirq does, and
+ * (in 7.2) for what a process does that has taken the CPU meanwhile. So two stand at a tracepoint, and the second
+ * takes what the first has not seen. They cannot share a third by a tail call: since 6.13 that would have one stack a
+ * CPU, and they do interrupt each other.
  */
 #define SEEN_BITS 10
-BPF_PERCPU_ARRAY(seen, u64, 1 << SEEN_BITS);    /* state changes that are between the two, by a hash of the socket */
+BPF_PERCPU_ARRAY(seen, u64, 1 << SEEN_BITS);    /* what is between the two, by its hash */
 #ifdef RING_PAGES
 BPF_RINGBUF_OUTPUT(events, RING_PAGES);
+BPF_F_TABLE("array", int, u64, lost, LOST_COUNTERS, BPF_F_MMAPABLE);
 #else
 BPF_PERF_OUTPUT(events);
+BPF_ARRAY(lost, u64, LOST_COUNTERS);
 #endif
 
 static inline void count_lost(int what)
@@ -89,6 +91,33 @@ static inline void count_lost(int what)
 
     if (n)
         __sync_fetch_and_add(n, 1);
+}
+
+static inline u64 *slot_of(u64 what)
+{
+    u32 slot = what * 0x9e3779b97f4a7c15 >> (64 - SEEN_BITS);
+
+    return seen.lookup(&slot);
+}
+
+static inline void first_sees(u64 what)
+{
+    u64 *slot = slot_of(what);
+
+    if (slot)
+        *slot = what;
+}
+
+static inline bool first_has_seen(u64 what)
+{
+    u64 *slot = slot_of(what);
+
+    if (slot && *slot == what) {
+        *slot = 0;
+        return true;
+    }
+    count_lost(NOT_LOST);
+    return false;
 }
 
 static inline u32 netns_of(struct sock *sk)
@@ -173,33 +202,17 @@ static inline u64 change_of(struct bpf_raw_tracepoint_args *ctx)
     return ctx->args[0] ^ ctx->args[2] << 56;
 }
 
-static inline u64 *seen_of(struct bpf_raw_tracepoint_args *ctx)
-{
-    u32 slot = ctx->args[0] * 0x9e3779b97f4a7c15 >> (64 - SEEN_BITS);
-
-    return seen.lookup(&slot);
-}
-
 int tracepoint_set_state_first(struct bpf_raw_tracepoint_args *ctx)
 {
-    u64 *change = seen_of(ctx);
-
-    if (change)
-        *change = change_of(ctx);
+    first_sees(change_of(ctx));
     state_change(ctx, (struct sock *)ctx->args[0], ctx->args[2]);
     return 0;
 }
 
 int tracepoint_set_state_second(struct bpf_raw_tracepoint_args *ctx)
 {
-    u64 *change = seen_of(ctx);
-
-    if (change && *change == change_of(ctx)) {
-        *change = 0;
-        return 0;
-    }
-    count_lost(NOT_LOST);
-    state_change(ctx, (struct sock *)ctx->args[0], ctx->args[2]);
+    if (!first_has_seen(change_of(ctx)))
+        state_change(ctx, (struct sock *)ctx->args[0], ctx->args[2]);
     return 0;
 }
 #endif
@@ -461,16 +474,27 @@ def open_perf(bpf):
     return read
 
 
+@functools.lru_cache(maxsize=None)
+def mapped_counters(bpf):
+    """What has been lost, in memory that the kernel writes to.
+
+    A look into a map by bpf(2) would cost events itself: if another process takes the CPU meanwhile, the kernel runs no
+    kprobe for that one (bpf_disable_instrumentation(), include/linux/bpf.h).
+    """
+    return memoryview(mmap.mmap(bpf["lost"].map_fd, mmap.PAGESIZE, prot=mmap.PROT_READ)).cast("Q")
+
+
 def losses(bpf):
     """How often each kind of loss has happened since the start, as {what: count}."""
     missed = 0
     for name, function in bpf.funcs.items():
-        if name == b"tracepoint_set_state_second":
+        if name.endswith(b"_second"):
             continue        # what only this was skipped for is not lost
         with open("/proc/self/fdinfo/%d" % function.fd) as info:        # the line exists since Linux 5.12
             missed += sum(int(n) for n in re.findall("recursion_misses:\\s*([0-9]+)", info.read()))
-    return {"connects lost: the ring buffer was full": bpf["lost"][0].value,
-            "state changes lost: they interrupted another one": missed - bpf["lost"][1].value}
+    lost = mapped_counters(bpf) if has_ring_buffer() else [count.value for count in bpf["lost"].values()]
+    return {"connects lost: the ring buffer was full": lost[0],
+            "state changes lost: the kernel did not run the probe": missed - lost[1]}
 
 
 # output

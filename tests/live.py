@@ -120,7 +120,7 @@ def entries(tracer, name):
 
 
 class Unseen:
-    """What state changes ftrace saw while the context lasted, and how many of them the tool's BPF program was not shown.
+    """The state changes that ftrace saw while the context lasted, and how many of them the tool's program did not.
 
     There are kernels that run no BPF program while certain tasks are current (seen on a 6.18 micro-VM: its own agent).
     A state change that a timer makes then is visible in ftrace only. Elsewhere count is 0.

@@ -17,27 +17,29 @@ OPTIONS = {"deeptcptracer": ["-e", "tcp_set_state"]}
 HEADINGS = {"tcplife": 1, "tcpaccept": 1, "tcpv4connect": 1, "deeptcptracer": 2}
 
 
-# Starts a tool whose tracepoint_set_state_first() is loaded, but sees nothing: all is left to the second.
+# Starts a tool whose programs called ..._first are loaded, but see nothing: all is left to the second ones.
 SECOND_ALONE = """
 import signal
 import sys
 import bcc
 sys.path.insert(0, {tools!r})
 import {tool}
-attach = bcc.BPF.attach_raw_tracepoint
-def attach_others(bpf, tp, fn_name):
-    if tp == "inet_sock_set_state":
-        bpf.load_func(fn_name, bcc.BPF.RAW_TRACEPOINT)
-    else:
-        attach(bpf, tp, fn_name)
-bcc.BPF.attach_raw_tracepoint = attach_others
+def but_the_first(attach, kind):
+    def attach_others(bpf, tp, fn_name):
+        if fn_name.endswith("_first"):
+            bpf.load_func(fn_name, kind)
+        else:
+            attach(bpf, tp=tp, fn_name=fn_name)
+    return attach_others
+bcc.BPF.attach_raw_tracepoint = but_the_first(bcc.BPF.attach_raw_tracepoint, bcc.BPF.RAW_TRACEPOINT)
+bcc.BPF.attach_tracepoint = but_the_first(bcc.BPF.attach_tracepoint, bcc.BPF.TRACEPOINT)
 signal.pthread_sigmask(signal.SIG_BLOCK, {tool}.STOP_SIGNALS)
 {tool}.main()
 """
 
 
 def second_alone(tool, *options):
-    tracer = live.Tracer(tool, *options, "--json")
+    tracer = live.Tracer(tool, *options, "--json", "--probes", "tracepoint")
     tracer.command[1:2] = ["-c", SECOND_ALONE.format(tool=tool, tools=live.TOOLS)]
     return tracer
 
@@ -134,11 +136,11 @@ class Loss(unittest.TestCase):
         self.assertTrue(all(lost.values()), lost)
 
     def test_second_takes_what_the_first_does_not_see(self):
-        sessions, connects = second_alone("tcplife"), second_alone("tcpv4connect")
+        sessions, accepts, connects = map(second_alone, ("tcplife", "tcpaccept", "tcpv4connect"))
         churn = second_alone("tcpchurn", os.getpid())
         events = second_alone("deeptcptracer", *OPTIONS["deeptcptracer"])
         witness = live.Tracer("deeptcptracer", *OPTIONS["deeptcptracer"], "--json")
-        tracers = [sessions, connects, churn, events, witness]
+        tracers = [sessions, accepts, connects, churn, events, witness]
         with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as stack:
             for tracer in tracers:
                 tracer.start()
@@ -148,8 +150,8 @@ class Loss(unittest.TestCase):
                 with socket.create_connection(listener.getsockname()):
                     listener.accept()[0].close()
             time.sleep(1.2)         # an update of tcpchurn
-        ours = [sum(line["pid"] == os.getpid() for line in tracer.objects) for tracer in (sessions, connects)]
-        self.assertEqual(ours, [100, 50])
+        ours = [sum(line["pid"] == os.getpid() for line in tracer.objects) for tracer in (sessions, accepts, connects)]
+        self.assertEqual(ours, [100, 50, 50])
         self.assertEqual(churn.objects[-1]["all"],
                          {"opened": 100, "accepted": 50, "connected": 50, "closed": 100})
         changes = [[(line["saddr"], line["sport"], line["oldstate"], line["state"]) for line in tracer.objects
