@@ -526,6 +526,11 @@ def has_kprobes():
             os.path.exists("/sys/kernel/debug/tracing/kprobe_events"))
 
 
+def has_preemption():
+    """Whether another process may take the CPU from a program at a system call's exit: on 7.2 it may, on 6.18 not."""
+    return kernel_version() >= (7, 0)
+
+
 def may_trace():
     """Whether the capabilities suffice: CAP_SYS_ADMIN (21), or CAP_PERFMON (38) and CAP_BPF (39) since Linux 5.8."""
     with open("/proc/self/status") as status:
@@ -652,7 +657,7 @@ def attach(bpf, args):
             bpf.attach_kretprobe(event="inet_csk_accept", fn_name="kretprobe_accept")
     else:
         mount_debugfs()
-        for fn_name in ("tracepoint_accept_first", "tracepoint_accept_second"):
+        for fn_name in ["tracepoint_accept_first"] + ["tracepoint_accept_second"] * has_preemption():
             bpf.attach_tracepoint(tp="syscalls:sys_exit_accept4", fn_name=fn_name)
             bpf.attach_tracepoint(tp="syscalls:sys_exit_accept", fn_name=fn_name)
 

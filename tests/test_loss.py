@@ -24,6 +24,7 @@ import sys
 import bcc
 sys.path.insert(0, {tools!r})
 import {tool}
+{tool}.has_preemption = lambda: True
 def but_the_first(attach, kind):
     def attach_others(bpf, tp, fn_name):
         if fn_name.endswith("_first"):
