@@ -127,8 +127,8 @@ def trace(options, pretend):
         texts += ["%s: exit status %d" % (tool, tracer.status)] * bool(tracer.status)
         if len(missing[tool]) > losses[tool]:
             texts += ["%s: missing: %s" % (tool, record) for record in missing[tool]]
-    lost = ["%s lost and told %d" % item for item in (+losses).items()]
-    return texts, ", ".join(["%d sessions" % len(log), *lost])
+    lost = ", ".join("%s %d" % item for item in (+losses).items())
+    return texts, "%d sessions" % len(log) + ("; lost and told: " + lost if lost else "")
 
 
 def refuse(command):
