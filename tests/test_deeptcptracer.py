@@ -13,6 +13,7 @@ import live
 import workload
 
 SO_ATTACH_FILTER, TCP_USER_TIMEOUT = 26, 18
+PORTS = iter(range(20000, 30000))       # not in net.ipv4.ip_local_port_range
 
 
 def retransmitted(sock):
@@ -26,11 +27,17 @@ def deaf(sock):
     sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HxxxxxxP", 1, ctypes.addressof(program)))
 
 
+def listen(family=socket.AF_INET):
+    """A listening socket, at a port that the kernel gives to nobody and so nobody had before."""
+    for port in PORTS:
+        with contextlib.suppress(OSError):      # somebody uses it
+            return socket.create_server(("::1" if family == socket.AF_INET6 else "127.0.0.1", port), family=family)
+
+
 @contextlib.contextmanager
 def pair(family=socket.AF_INET):
     """A connected client and server socket of this process."""
-    host = "::1" if family == socket.AF_INET6 else "127.0.0.1"
-    with socket.create_server((host, 0), family=family) as listener:
+    with listen(family) as listener:
         client = socket.create_connection(listener.getsockname()[:2])
         server = listener.accept()[0]
     with client, server:
@@ -115,7 +122,7 @@ def refused():
 
 @provokes()
 def connect_timeout():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with listen() as listener:
         deaf(listener)
         with socket.socket() as sock:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_SYNCNT, 1)
