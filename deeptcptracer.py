@@ -922,7 +922,7 @@ def losses(bpf):
     lost = mapped_counters(bpf) if has_ring_buffer() else [count.value for count in bpf["lost"].values()]
     return {"events lost: the ring buffer was full": lost[0],
             "owners lost: the map of live sockets was full": lost[1],
-            "events lost: the kernel did not run the probe": missed - lost[2]}
+            "events or owners lost: the kernel did not run the probe": missed - lost[2]}
 
 
 # sockets from before the start

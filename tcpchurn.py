@@ -782,7 +782,7 @@ def losses(bpf):
             missed += sum(int(n) for n in re.findall("recursion_misses:\\s*([0-9]+)", info.read()))
     return {"closes lost: the map of live connections was full": bpf["lost"][0].value,
             "counts missing in the windows: the map of buckets was full": bpf["lost"][1].value,
-            "state changes lost: the kernel did not run the probe": missed - bpf["lost"][2].value}
+            "state changes or accepts lost: the kernel did not run the probe": missed - bpf["lost"][2].value}
 
 
 # output

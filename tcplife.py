@@ -760,7 +760,7 @@ def losses(bpf):
     return {"sessions lost: the ring buffer was full": lost[0],
             "sessions lost: the map of live sessions was full": lost[1],
             "sessions lost: their end was not seen": lost[2],
-            "state changes lost: the kernel did not run the probe": missed - lost[3]}
+            "state changes or accepts lost: the kernel did not run the probe": missed - lost[3]}
 
 
 # output

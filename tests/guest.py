@@ -90,8 +90,9 @@ def differences(options, kprobes, log, life, expected, tracers):
     missing["tcpv4connect"], wrong["tcpv4connect"] = live.compare(
         [record for record in log if record["role"] == "client" and record["ip"] == 4], connects, test_tcpv4connect.key)
     total = collections.Counter(churn[-1]["all"] if churn else {})
-    missing["tcpchurn"] = ["one of %s of %s" % (total, life.ALL)] * max((life.ALL - total).values(), default=0)
-    wrong["tcpchurn"] = ["%s, not %s" % (total, life.ALL)] if total - life.ALL else []
+    text = "%s, not %s" % (total, life.ALL)
+    missing["tcpchurn"] = [text] * max((life.ALL - total).values(), default=0)
+    wrong["tcpchurn"] = [text] if total - life.ALL else []
     wrong["deeptcptracer"], met = test_deeptcptracer.strangers(log, events)
     missing["deeptcptracer"] = [text for scenario, endpoints in expected
                                 for text in test_deeptcptracer.difference(scenario, endpoints, events, not kprobes)]

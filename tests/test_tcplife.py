@@ -60,7 +60,7 @@ class Truth(unittest.TestCase):
     def trace(self, *args, wanted=lambda record: True, **work):
         with live.Tracer("tcplife", "--json", *args, check=False) as tracer, live.Unseen(tracer) as unseen:
             log = workload.sessions(workload.work(**work))
-        timed(log, unseen.times())
+        log = timed(log, unseen.times())
         missing, wrong = difference([record for record in log if wanted(record)], tracer.objects)
         self.assertEqual(wrong, [])
         if unseen.count:
