@@ -9,29 +9,29 @@
 # bcc itself links, prints them as C. This makes a folder of that which looks to bcc like a kernel source tree, so that
 # any bcc program compiles, with the layouts this very kernel has:
 #
-#     ./btfheaders.py /root/tree
-#     BCC_KERNEL_SOURCE=/root/tree ./some-bcc-tool
+#     ./btfheaders.py /root/tree && BCC_KERNEL_SOURCE=/root/tree ./some-bcc-tool
 #
-# A tool that has this file beside it does the same without leaving a folder behind:
+# A tool in the same directory as this file does it without leaving a folder behind, and starts in half the time:
 #
-#     with btfheaders.kernel_source(["tcp_sock"]):
-#         bpf = BPF(text=...)
+#     bpf = btfheaders.compiled(["tcp_sock"], lambda: BPF(text=...))
 #
 # CAVEATS: only types and the constants below; a program that uses a kernel macro or an inline function needs the real
 # headers. Types that live in modules only are not in vmlinux's BTF.
 
-import argparse
+import atexit
 import contextlib
 import ctypes
+import mmap
 import os
 import re
 import sys
-import tempfile
+import threading
 
 VMLINUX_BTF = "/sys/kernel/btf/vmlinux"
 
-# What bcc's own headers need, whatever the program is.
-BCC_TYPES = ["pt_regs", "__be16", "__be32", "__be64", "__wsum", "__sum16"]
+# What bcc needs, whatever the program is: a type for its own headers, and two functions whose presence it checks.
+BCC_TYPES = ["pt_regs"]
+BCC_FUNCTIONS = ["bpf_probe_read_kernel", "bpf_probe_read_user"]
 # What networking and scheduling tools usually look at; for the command line.
 COMMON_TYPES = """
     tcp_sock tcp6_sock udp_sock inet_timewait_sock inet_bind_bucket mptcp_sock net sk_buff iphdr ipv6hdr tcphdr udphdr
@@ -62,6 +62,9 @@ typedef int __s32, s32;
 typedef unsigned int __u32, u32;
 typedef long long __s64, s64;
 typedef unsigned long long __u64, u64;
+typedef __u16 __be16, __sum16;
+typedef __u32 __be32, __wsum;
+typedef __u64 __be64;
 typedef unsigned long uintptr_t, size_t;
 typedef long ssize_t;
 typedef _Bool bool;
@@ -99,42 +102,48 @@ enum { TCP_ESTABLISHED = 1, TCP_SYN_SENT, TCP_SYN_RECV, TCP_FIN_WAIT1, TCP_FIN_W
 #define htonl(x) ntohl(x)
 """
 
-STRUCT, UNION, ENUM, TYPEDEF = 4, 5, 6, 8       # BTF_KIND_*, include/uapi/linux/btf.h
+STRUCT, UNION, ENUM, TYPEDEF, FUNC = 4, 5, 6, 8, 12     # BTF_KIND_*, include/uapi/linux/btf.h
 PRINTF = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+CLONE_NEWNS, MADV_DONTNEED = 0x20000, 4
+MS_BIND, MS_REC, MS_SLAVE = 0x1000, 0x4000, 0x80000     # include/uapi/linux/mount.h
+COMPILER_STACK = 16 << 20       # bytes of address space; by default a thread has 128 KiB with musl
+SCRATCH = "/proc/bus"           # on every kernel, and nothing here needs what it holds
 
 
 def load_libbpf():
-    """libbpf with the signatures used here. Raises OSError if it is not installed."""
+    """Return libbpf, with the signatures used here. Raises OSError if it is missing or too old."""
     try:
         lib = ctypes.CDLL("libbpf.so.1")
     except OSError:
         lib = ctypes.CDLL("libbpf.so.0")
-    # The loader's name changed in 0.5; before it was never a public promise, but bcc 0.18 ships with such a libbpf.
-    load = getattr(lib, "btf__load_vmlinux_btf", None) or lib.libbpf_find_kernel_btf
-    load.restype = ctypes.c_void_p
-    lib.load_btf = load
-    lib.btf__find_by_name_kind.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint]
-    lib.btf__free.argtypes = lib.btf_dump__free.argtypes = [ctypes.c_void_p]
-    lib.btf_dump__dump_type.argtypes = [ctypes.c_void_p, ctypes.c_uint]
-    lib.btf_dump__new.restype = ctypes.c_void_p
+    try:
+        # The loader was renamed in 0.5. The old name was never a public promise, but bcc 0.18 ships with such a libbpf.
+        load = getattr(lib, "btf__load_vmlinux_btf", None) or lib.libbpf_find_kernel_btf
+        load.restype = ctypes.c_void_p
+        lib.load_btf = load
+        lib.btf__find_by_name_kind.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint]
+        lib.btf__free.argtypes = lib.btf_dump__free.argtypes = [ctypes.c_void_p]
+        lib.btf_dump__dump_type.argtypes = [ctypes.c_void_p, ctypes.c_uint]
+        lib.btf_dump__new.restype = ctypes.c_void_p
+    except AttributeError as error:
+        raise OSError("libbpf is too old: %s" % error) from error
     return lib
 
 
 def new_dump(lib, btf, emit):
-    """A btf_dump that hands its text to emit. libbpf 0.6 changed the order of the arguments."""
+    """Return a btf_dump that passes its text to emit. libbpf 0.6 changed the order of the arguments."""
     if hasattr(lib, "libbpf_major_version"):
         lib.btf_dump__new.argtypes = [ctypes.c_void_p, PRINTF, ctypes.c_void_p, ctypes.c_void_p]
         return lib.btf_dump__new(btf, emit, None, None)
     lib.btf_dump__new.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, PRINTF]
-    options = ctypes.create_string_buffer(64)
-    return lib.btf_dump__new(btf, None, options, emit)
+    return lib.btf_dump__new(btf, None, ctypes.create_string_buffer(64), emit)
 
 
-def declarations(types):
-    """C declarations of the named kernel types and of all they are made of.
+def declarations(names):
+    """Return C declarations of the named kernel types and of everything they consist of.
 
-    A name that the kernel lacks is left out; for each that it has, a macro BTF_HAS_<name> is defined. Raises OSError if
-    the kernel has no BTF or libbpf is missing.
+    For each name that the kernel has, a macro BTF_HAS_<name> is defined; the others are left out. A function gets the
+    macro only. Raises OSError if the kernel has no BTF or libbpf is missing.
     """
     if not os.path.exists(VMLINUX_BTF):
         raise OSError("this kernel has no BTF (%s)" % VMLINUX_BTF)
@@ -143,7 +152,7 @@ def declarations(types):
     text, buffer = [], ctypes.create_string_buffer(1 << 16)
 
     @PRINTF
-    def emit(_context, form, va_list):      # a va_list is passed as a pointer on every 64-bit ABI Linux has
+    def emit(_context, form, va_list):      # a va_list is passed as a pointer on every 64-bit ABI of Linux
         libc.vsnprintf(buffer, len(buffer), form, va_list)
         text.append(buffer.value)
 
@@ -151,11 +160,12 @@ def declarations(types):
     if not btf or btf > 2 ** 64 - 4096:     # libbpf before 1.0 returns an error as a pointer
         raise OSError("libbpf cannot read %s" % VMLINUX_BTF)
     dump = new_dump(lib, btf, emit)
-    for name in types:
-        for kind in (STRUCT, UNION, ENUM, TYPEDEF):
+    for name in names:
+        for kind in (STRUCT, UNION, ENUM, TYPEDEF, FUNC):
             type_id = lib.btf__find_by_name_kind(btf, name.encode(), kind)
             if type_id > 0:
-                lib.btf_dump__dump_type(dump, type_id)
+                if kind != FUNC:
+                    lib.btf_dump__dump_type(dump, type_id)
                 text.append(b"#define BTF_HAS_%s 1\n" % name.encode())
                 break
     lib.btf_dump__free(dump)
@@ -163,85 +173,148 @@ def declarations(types):
     return b"".join(text).decode()
 
 
-def kernel_version():
-    """(major, minor, patch) of the running kernel, the patch level at most 255 as in the kernel's own macro."""
-    numbers = [int(number) for number in re.findall(r"\d+", os.uname().release)[:3]]
-    major, minor, patch = (numbers + [0, 0, 0])[:3]
-    return major, minor, min(patch, 255)
-
-
 def write_tree(root, types):
-    """Write the tree for these types below the folder root. Raises OSError."""
-    page_shift = os.sysconf("SC_PAGE_SIZE").bit_length() - 1
+    """Write the tree for these types below the directory root. Returns the text of the types; raises OSError."""
+    version = (re.findall(r"\d+", os.uname().release) + ["0", "0"])[:3]
     files = dict.fromkeys(HEADERS, "#include <vmlinux.h>\n")
     files["uapi/linux/bpf.h"] = files["linux/kconfig.h"] = ""       # bcc brings a bpf.h of its own
-    files["linux/version.h"] = ("#define KERNEL_VERSION(a, b, c) (((a) << 16) + ((b) << 8) + (c))\n"
-                                "#define LINUX_VERSION_CODE KERNEL_VERSION(%d, %d, %d)\n" % kernel_version())
+    files["linux/version.h"] = ("#define KERNEL_VERSION(a, b, c) (((a) << 16) + ((b) << 8) + ((c) > 255 ? 255 : (c)))\n"
+                                "#define LINUX_VERSION_CODE KERNEL_VERSION(%s, %s, %s)\n" % tuple(version))
     files["vmlinux.h"] = "#pragma once\n#define BTF_HEADERS 1\n%s%s%s" % (
-        BEFORE, declarations(BCC_TYPES + list(types)), AFTER % page_shift)
+        BEFORE, declarations(BCC_TYPES + BCC_FUNCTIONS + list(types)), AFTER % (mmap.PAGESIZE.bit_length() - 1))
     for name, text in files.items():
         path = os.path.join(root, "include", name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "w") as file:
             file.write(text)
-
-
-def detached_tmpfs():
-    """File descriptor of a tmpfs that is mounted nowhere. Raises OSError (needs Linux 5.2 and CAP_SYS_ADMIN).
-
-    It has no name that others could open, and the kernel drops it with the descriptor, after kill -9 too.
-    """
-    fsopen, fsconfig, fsmount = 430, 431, 432       # the same numbers on every architecture but alpha
-    fsconfig_cmd_create, cloexec = 6, 1
-    libc = ctypes.CDLL(None, use_errno=True)
-    context = libc.syscall(fsopen, b"tmpfs", cloexec)
-    if context < 0:
-        raise OSError(ctypes.get_errno(), "fsopen")
-    try:
-        mount = -1
-        if libc.syscall(fsconfig, context, fsconfig_cmd_create, None, None, 0) == 0:
-            mount = libc.syscall(fsmount, context, cloexec, 0)
-        if mount < 0:
-            raise OSError(ctypes.get_errno(), "fsmount")
-        return mount
-    finally:
-        os.close(context)
+    return files["vmlinux.h"]
 
 
 @contextlib.contextmanager
-def private_directory():
-    """The path of an empty folder that only this process uses; it is gone afterwards."""
-    try:
-        mount = detached_tmpfs()
-    except OSError:
-        with tempfile.TemporaryDirectory(prefix="btfheaders-") as path:
-            yield path
-        return
-    try:
-        yield "/proc/%d/fd/%d" % (os.getpid(), mount)
-    finally:
-        os.close(mount)
+def kernel_source(types, directory=None):
+    """While this context lasts, bcc finds the named kernel types. Its value is their text; raises OSError.
 
-
-@contextlib.contextmanager
-def kernel_source(types):
-    """While this context lasts, bcc finds the named kernel types. A BCC_KERNEL_SOURCE set by the user is left alone.
-
-    Raises OSError if the kernel has no BTF or libbpf is missing.
+    They are written to the directory, or to a temporary one. If the user has set BCC_KERNEL_SOURCE, nothing is done.
     """
     if "BCC_KERNEL_SOURCE" in os.environ:
-        yield
+        yield ""
         return
-    with private_directory() as path:
-        write_tree(path, types)
-        os.environ["BCC_KERNEL_SOURCE"] = path
+    with contextlib.ExitStack() as stack:
+        if not directory:
+            import tempfile         # takes 3 ms, and root does not need it
+            directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="btfheaders-"))
+        text = write_tree(directory, types)
+        os.environ["BCC_KERNEL_SOURCE"] = directory
+        stack.callback(os.environ.pop, "BCC_KERNEL_SOURCE")
+        yield text
+
+
+def compiled(types, compile_it):
+    """Return what compile_it() returns: a function that compiles, loads and attaches a program with bcc.
+
+    bcc finds the named kernel types in the kernel's BTF, or else in the installed headers. What it prints is held back,
+    and the compiler's memory is given back at the end. Raises OSError if there are no types. An exception of compile_it
+    is passed on; if bcc has printed a reason, its message has that too.
+
+    compile_it runs in a thread, with a mount namespace of its own if CAP_SYS_ADMIN allows it. It must not look up
+    kernel symbols there: bcc would keep the short list that it finds.
+    """
+    results, errors, no_types, finished = [], [], [], threading.Event()
+
+    def work():
         try:
-            yield
+            with contextlib.ExitStack() as stack:
+                directory = private_mounts(stack)
+                try:
+                    shorten_kallsyms(directory, stack.enter_context(kernel_source(types, directory)))
+                except OSError as error:
+                    no_types.append(error)
+                results.append(compile_it())
+        except BaseException as error:
+            errors.append(error)
+        finished.set()
+
+    threading.stack_size(COMPILER_STACK)
+    thread = threading.Thread(target=work)
+    with captured_output() as output:
+        thread.start()
+        try:
+            finished.wait()
         finally:
-            del os.environ["BCC_KERNEL_SOURCE"]
+            finished.wait()     # after a KeyboardInterrupt too: the thread still needs what surrounds it
+    thread.join()
+    release_compiler_memory()
+    if errors:
+        raise explained(errors[0], output, no_types)
+    return results[0]
+
+
+def private_mounts(stack):
+    """Give this thread mounts of its own: tracefs wherever bcc looks for it, and an empty directory.
+
+    Returns the path of that directory; None without CAP_SYS_ADMIN. Everything ends with the process, or before.
+    """
+    libc = ctypes.CDLL(None)
+    if libc.unshare(CLONE_NEWNS) or libc.mount(None, b"/", None, MS_REC | MS_SLAVE, None):
+        return None         # slaves: nothing that is mounted here gets out
+    for kind, path, events in ((b"tracefs", b"/sys/kernel/tracing", b"/events"),
+                               (b"debugfs", b"/sys/kernel/debug", b"/tracing/events")):
+        if not os.path.isdir(path + events) and libc.mount(kind, path, kind, 0, None) == 0:
+            # bcc's cleanup at exit looks there again: let the main thread see the same then
+            namespace = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY)
+            stack.callback(atexit.register, libc.setns, namespace, CLONE_NEWNS)
+    return None if libc.mount(b"tmpfs", SCRATCH.encode(), b"tmpfs", 0, b"mode=700") else SCRATCH
+
+
+def shorten_kallsyms(directory, text):
+    """Let this thread see a /proc/kallsyms with the two functions that bcc looks for: it needs 0.1 s to parse all."""
+    if directory and all("BTF_HAS_%s " % name in text for name in BCC_FUNCTIONS):
+        path = os.path.join(directory, "kallsyms")
+        with open(path, "w") as file:       # bcc ignores addresses that are not the kernel's
+            file.writelines("ffffffffff000000 T %s\n" % name for name in BCC_FUNCTIONS)
+        ctypes.CDLL(None).mount(path.encode(), b"/proc/kallsyms", None, MS_BIND, None)
+
+
+@contextlib.contextmanager
+def captured_output():
+    """Hold back what is written to file descriptors 1 and 2; the context's value is a list of its lines, at the end."""
+    lines, file, saved = [], os.memfd_create("output"), [os.dup(1), os.dup(2)]
+    try:
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        yield lines
+    finally:
+        ctypes.CDLL(None).fflush(None)      # libbcc uses C's stdout as well
+        os.dup2(saved[0], 1)
+        os.dup2(saved[1], 2)
+        lines += os.pread(file, 1 << 20, 0).decode(errors="replace").split("\n")
+        for fd in [file] + saved:
+            os.close(fd)
+
+
+def explained(error, output, no_types):
+    """Return the exception with the reason for it that bcc has printed: its own messages seldom say why."""
+    if no_types and any("Unable to find kernel headers" in line for line in output):
+        return OSError("no kernel types (%s): install linux-headers-%s (Debian, Ubuntu) or kernel-devel (Fedora, RHEL)"
+                       % (no_types[0], os.uname().release))
+    reasons = [line.strip() for line in output if re.search("error|fail|denied|not permitted|unable", line, re.I)]
+    if reasons and isinstance(error, Exception):
+        error.args = ("%s: %s" % (error, reasons[0]),)
+    return error
+
+
+def release_compiler_memory():
+    """Give back the compiler's heap, and the pages of its code, which are read from the file again if need be."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):        # glibc
+        libc.malloc_trim(0)
+    with open("/proc/self/maps") as maps:
+        for start, end in re.findall("(?m)^(\\w+)-(\\w+) r-xp .*/lib(?:LLVM|clang|bcc)", maps.read()):
+            libc.madvise(ctypes.c_void_p(int(start, 16)), ctypes.c_size_t(int(end, 16) - int(start, 16)), MADV_DONTNEED)
 
 
 def main():
+    import argparse
     parser = argparse.ArgumentParser(description="Kernel types for bcc from the running kernel's BTF.",
                                      epilog="Without DIR the declarations are printed. With DIR: set "
                                             "BCC_KERNEL_SOURCE=DIR and start any bcc program.")

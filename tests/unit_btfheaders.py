@@ -1,8 +1,13 @@
-"""btfheaders: the tree it makes, and that nothing of it stays."""
+"""btfheaders: the tree it makes, what compiled() does for a tool, and that nothing of it stays."""
+import ctypes
 import os
 import pathlib
+import signal
 import subprocess
+import sys
 import tempfile
+import threading
+import time
 import unittest
 from unittest import mock
 
@@ -10,6 +15,8 @@ import btfheaders
 import live
 
 HAS_BTF = os.path.exists(btfheaders.VMLINUX_BTF)
+MAY_MOUNT = os.geteuid() == 0 and subprocess.run(["unshare", "-m", "true"], check=False).returncode == 0
+TYPES = ["tcphdr"]
 
 
 @unittest.skipUnless(HAS_BTF, "needs a kernel with BTF")
@@ -23,32 +30,24 @@ class Tree(unittest.TestCase):
     def test_names_the_kernel_lacks_are_left_out(self):
         self.assertEqual(btfheaders.declarations(["no_such_type"]), "")
 
+    def test_a_function_has_no_declaration(self):
+        self.assertEqual(btfheaders.declarations(["tcp_v4_connect"]), "#define BTF_HAS_tcp_v4_connect 1\n")
+
     def test_set_and_unset(self):
-        with btfheaders.kernel_source(["tcphdr"]):
+        with btfheaders.kernel_source(TYPES):
             tree = pathlib.Path(os.environ["BCC_KERNEL_SOURCE"])
+            self.assertEqual(tree.stat().st_mode & 0o777, 0o700)
             self.assertTrue((tree / "include/linux/kconfig.h").exists())
             self.assertIn("tcphdr", (tree / "include/vmlinux.h").read_text())
         self.assertNotIn("BCC_KERNEL_SOURCE", os.environ)
         self.assertFalse(tree.exists())
 
     def test_the_users_own_tree_is_left_alone(self):
-        with mock.patch.dict(os.environ, BCC_KERNEL_SOURCE="/mine"), btfheaders.kernel_source(["tcphdr"]):
+        with mock.patch.dict(os.environ, BCC_KERNEL_SOURCE="/mine"), btfheaders.kernel_source(TYPES):
             self.assertEqual(os.environ["BCC_KERNEL_SOURCE"], "/mine")
 
-    def test_two_at_once(self):
-        with btfheaders.private_directory() as one, btfheaders.private_directory() as other:
-            pathlib.Path(one, "planted").touch()
-            self.assertEqual(os.listdir(other), [])
-
-    def test_a_folder_where_nothing_can_be_mounted(self):
-        with mock.patch.object(btfheaders, "detached_tmpfs", side_effect=OSError):
-            with btfheaders.private_directory() as path:
-                self.assertEqual(os.stat(path).st_mode & 0o777, 0o700)
-                btfheaders.write_tree(path, ["tcphdr"])
-            self.assertFalse(os.path.exists(path))
-
     def test_gone_after_an_error(self):
-        with self.assertRaises(KeyError), btfheaders.kernel_source(["tcphdr"]):
+        with self.assertRaises(KeyError), btfheaders.kernel_source(TYPES):
             path = os.environ["BCC_KERNEL_SOURCE"]
             raise KeyError
         self.assertFalse(os.path.exists(path))
@@ -67,7 +66,140 @@ class Tree(unittest.TestCase):
 class Missing(unittest.TestCase):
     def test_no_btf(self):
         with mock.patch.object(btfheaders, "VMLINUX_BTF", "/nonexistent"), self.assertRaises(OSError):
-            btfheaders.declarations(["tcphdr"])
+            btfheaders.declarations(TYPES)
+
+    @unittest.skipUnless(HAS_BTF, "needs a kernel with BTF")
+    def test_an_old_libbpf(self):
+        with mock.patch("ctypes.CDLL", return_value=object()), self.assertRaisesRegex(OSError, "too old"):
+            btfheaders.load_libbpf()
+
+
+def process_state():
+    """What a compiler in another thread must leave as it was."""
+    return (os.getcwd(), os.readlink("/proc/self/root"), os.readlink("/proc/self/ns/mnt"),
+            os.readlink("/proc/thread-self/ns/mnt"), pathlib.Path("/proc/self/mounts").read_text(),
+            sorted(os.listdir("/proc/self/fd")), dict(os.environ), sorted(os.listdir(tempfile.gettempdir())))
+
+
+class Compiled(unittest.TestCase):
+    """compile_it is a stand-in for bcc here."""
+    def fails(self, compile_it, kind, message):
+        with self.assertRaisesRegex(kind, message) as failed:
+            btfheaders.compiled(TYPES, compile_it)
+        return failed.exception
+
+    @unittest.skipUnless(HAS_BTF, "needs a kernel with BTF")
+    def test_its_result_and_its_types(self):
+        def compile_it():
+            return pathlib.Path(os.environ["BCC_KERNEL_SOURCE"], "include/vmlinux.h").read_text()
+        before = process_state()
+        self.assertIn("struct tcphdr {", btfheaders.compiled(TYPES, compile_it))
+        self.assertEqual(before, process_state())
+
+    @unittest.skipUnless(HAS_BTF and MAY_MOUNT, "needs BTF and CAP_SYS_ADMIN")
+    def test_private_mounts(self):
+        def compile_it():
+            os.chdir("/")
+            return (len(os.listdir("/sys/kernel/tracing/events")), len(os.listdir("/sys/kernel/debug/tracing/events")),
+                    pathlib.Path("/proc/kallsyms").read_text())
+        with open("/proc/kallsyms", encoding="ascii") as kallsyms:
+            expected = {line.split()[2] for line in kallsyms} & set(btfheaders.BCC_FUNCTIONS)
+        before = process_state()
+        tracefs, debugfs, symbols = btfheaders.compiled(TYPES, compile_it)
+        self.assertEqual(before[:5], process_state()[:5])
+        self.assertTrue(tracefs and debugfs)
+        self.assertEqual({line.split()[2] for line in symbols.splitlines()}, expected)
+
+    @unittest.skipUnless(HAS_BTF and MAY_MOUNT, "needs BTF and CAP_SYS_ADMIN")
+    def test_functions_that_btf_does_not_name(self):
+        with mock.patch.object(btfheaders, "BCC_FUNCTIONS", ["bpf_probe_read_kernel", "no_such_function"]):
+            symbols = btfheaders.compiled(TYPES, pathlib.Path("/proc/kallsyms").read_text)
+        self.assertGreater(symbols.count("\n"), 1000)
+
+    @unittest.skipUnless(MAY_MOUNT, "needs CAP_SYS_ADMIN")
+    def test_nothing_stays_after_kill(self):
+        with tempfile.TemporaryDirectory() as folder:
+            program = "import btfheaders, os; btfheaders.compiled(%r, lambda: os.kill(os.getpid(), 9))" % TYPES
+            before = pathlib.Path("/proc/self/mounts").read_text()
+            killed = subprocess.run([live.PYTHON, "-c", program], env={**os.environ, "TMPDIR": folder}, check=False)
+            self.assertEqual(killed.returncode, -signal.SIGKILL)
+            self.assertEqual(os.listdir(folder), [])
+            self.assertEqual(before, pathlib.Path("/proc/self/mounts").read_text())
+
+    def test_without_a_mount_namespace(self):
+        def compile_it():
+            return os.environ.get("BCC_KERNEL_SOURCE", ""), os.path.getsize("/proc/self/mounts")
+        with mock.patch.object(btfheaders, "private_mounts", return_value=None):
+            before = process_state()
+            tree, _ = btfheaders.compiled(TYPES, compile_it)
+            self.assertTrue(tree.startswith(tempfile.gettempdir()) or not HAS_BTF)
+            self.assertEqual(before, process_state())
+
+    def test_errors_keep_their_kind_and_get_a_reason(self):
+        def compile_it():
+            os.write(2, b"first\nsome.c:1:2: error: no such thing\n")
+            raise ValueError("bcc failed")
+        before = process_state()
+        self.fails(compile_it, ValueError, "^bcc failed: some.c:1:2: error: no such thing$")
+        self.assertEqual(before, process_state())
+
+    def test_a_reason_on_stdout(self):
+        def compile_it():
+            ctypes.CDLL(None).printf(b"it failed for a reason\n")
+            raise OSError("bcc failed")
+        self.fails(compile_it, OSError, "^bcc failed: it failed for a reason$")
+
+    def test_errors_that_say_it_themselves(self):
+        def compile_it():
+            return open("/nonexistent", encoding="ascii")
+        self.assertEqual(str(self.fails(compile_it, FileNotFoundError, "")),
+                         "[Errno 2] No such file or directory: '/nonexistent'")
+
+    def test_exceptions_that_end_a_program(self):
+        self.fails(sys.exit, SystemExit, "")
+        def interrupted():
+            raise KeyboardInterrupt
+        self.fails(interrupted, KeyboardInterrupt, "")
+
+    def test_interrupted_meanwhile(self):
+        outputs = []
+        def compile_it():
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.1)
+            outputs.append(os.readlink("/proc/self/fd/1"))
+        self.fails(compile_it, KeyboardInterrupt, "")
+        self.assertIn("memfd", outputs[0])
+
+    def test_what_is_printed_is_held_back(self):
+        program = ("import btfheaders, os, ctypes\n"
+                   "btfheaders.compiled(%r, lambda: (os.write(1, b'a'), os.write(2, b'b'),"
+                   " ctypes.CDLL(None).printf(b'c')))\n"
+                   "print('out'); os.write(2, b'err')" % TYPES)
+        run = subprocess.run([live.PYTHON, "-c", program], capture_output=True, text=True, check=True)
+        self.assertEqual((run.stdout, run.stderr), ("out\n", "err"))
+
+    def test_no_types_at_all(self):
+        def compile_it():
+            ctypes.CDLL(None).printf(b"Unable to find kernel headers. Try something.\n")
+            raise Exception("Failed to compile BPF module <text>")
+        for what, why in ({"VMLINUX_BTF": "/nonexistent"}, "this kernel has no BTF (/nonexistent)"), (
+                          {"load_libbpf": mock.Mock(side_effect=OSError("no libbpf"))}, "no libbpf"):
+            with mock.patch.multiple(btfheaders, **what):
+                if not os.path.exists(btfheaders.VMLINUX_BTF) and "libbpf" in why:
+                    continue
+                error = self.fails(compile_it, OSError, "no kernel types")
+                self.assertEqual(str(error), "no kernel types (%s): install linux-headers-%s (Debian, Ubuntu) or "
+                                             "kernel-devel (Fedora, RHEL)" % (why, os.uname().release))
+
+    def test_headers_instead(self):
+        with mock.patch.object(btfheaders, "VMLINUX_BTF", "/nonexistent"):
+            self.assertIsNone(btfheaders.compiled(TYPES, lambda: os.environ.get("BCC_KERNEL_SOURCE")))
+
+    def test_no_thread(self):
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+            before = process_state()
+            self.fails(print, RuntimeError, "thread")
+            self.assertEqual(before, process_state())
 
 
 if __name__ == "__main__":
