@@ -243,9 +243,9 @@ def compiled(types, compile_it):
         finally:
             finished.wait()     # after a KeyboardInterrupt too: the thread still needs what surrounds it
     thread.join()
-    release_compiler_memory()
     if errors:
         raise explained(errors[0], output, no_types)
+    release_compiler_memory()
     return results[0]
 
 
@@ -297,7 +297,7 @@ def explained(error, output, no_types):
     if no_types and any("Unable to find kernel headers" in line for line in output):
         return OSError("no kernel types (%s): install linux-headers-%s (Debian, Ubuntu) or kernel-devel (Fedora, RHEL)"
                        % (no_types[0], os.uname().release))
-    reasons = [line.strip() for line in output if re.search("error|fail|denied|not permitted|unable", line, re.I)]
+    reasons = [line.strip() for line in output if re.search("error:|fail|denied|not permitted|unable", line, re.I)]
     if reasons and isinstance(error, Exception):
         error.args = ("%s: %s" % (error, reasons[0]),)
     return error
