@@ -136,7 +136,7 @@ few_capabilities() {
 }
 
 deleted_namespace() {
-    namespace=tcpt-gone-$1
+    namespace=tcpt-gone-$$-$1
     ip netns add "$namespace" || return 1
     (sleep 1.5; ip netns del "$namespace") &
     exits 0 '' "./$@" --netns "$namespace" --duration 2

@@ -4,12 +4,12 @@ import importlib
 import io
 import unittest
 
-PID = ["", "abc", "-1", "0", "1.5", "99999999", "١", "1_0", "+1", "0x10"]
-PORTS = ["", "0", "99999", "65536", "80,x", "80,", ",80", "-80", "80;81", "80-90", "8e1", "http", "١"]
-SECONDS = ["", "0", "-1", "1e3", "inf", "nan", "abc", "١", "1_0", "99999999999"]
+PID = ["", "abc", "-1", "0", "1.5", "99999999", "\u0661", "1_0", "+1", "0x10"]
+PORTS = ["", "0", "99999", "65536", "80,x", "80,", ",80", "-80", "80;81", "80-90", "8e1", "http", "\u0661"]
+SECONDS = ["", "0", "-1", "1e3", "inf", "nan", "abc", "\u0661", "1_0", "99999999999"]
 NETNS = ["", "0", "-1", "99999999999", "nosuchnamespace", "/etc/passwd", "/proc/self/ns/mnt", "/nonexistent",
          "../../etc/passwd"]
-NETWORKS = ["", "host", "1.2.3", "10.0.0.0/33", "300.1.1.1", "::1/129", "fe80::x", "١.0.0.1", "10.0.0.1,"]
+NETWORKS = ["", "host", "1.2.3", "10.0.0.0/33", "300.1.1.1", "::1/129", "fe80::x", "\u0661.0.0.1", "10.0.0.1,"]
 MAP = ["", "nosuch", "/sys/fs/bpf/nosuch", '/etc/pass"wd']
 ALL = {"--netns": NETNS, "--duration": SECONDS, "--probes": ["", "uprobe"]}
 # By tool: values that an option refuses, by option ("": without a value); and other wrong command lines.
@@ -18,7 +18,7 @@ WRONG = {
                 ["-4 -6", "-s -w", "-s --json", "-w --json", "--nosuch", "-z", "word"]),
     "tcpaccept": ({**ALL, "-p": PID, "-P": PORTS, "--cgroupmap": MAP, "--mntnsmap": MAP},
                   ["-4 -6", "--nosuch", "-z", "word"]),
-    "tcpv4connect": ({**ALL, "-p": PID, "-P": PORTS, "-u": ["", "-1", "root", "4294967296", "1.0", "١"]},
+    "tcpv4connect": ({**ALL, "-p": PID, "-P": PORTS, "-u": ["", "-1", "root", "4294967296", "1.0", "\u0661"]},
                      ["--nosuch", "-z", "word"]),
     "tcpchurn": ({**ALL, "-w": ["", "0", "-1", "x", "1,,2", "1,2,", "inf", "1e3", "0.0001,9999999"],
                   "-i": SECONDS}, ["", "1 2", "-w 5", "1 -c --json", "1 --nosuch", "1 -z", "1 word", *PID[1:]]),
