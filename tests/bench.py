@@ -172,7 +172,8 @@ def main():
     parser = argparse.ArgumentParser(description="What tracing costs.")
     parser.add_argument("-n", "--pairs", type=int, default=5)
     parser.add_argument("-c", "--connections", type=int, default=20000, help="of each of the two client threads")
-    parser.add_argument("-t", "--tools", dest="folder", metavar="DIR", default=str(live.ROOT), help="where the tools stand")
+    parser.add_argument("-t", "--tools", dest="folder", metavar="DIR", default=str(live.ROOT),
+                        help="where the tools stand (default: this repository)")
     parser.add_argument("-b", "--beside", metavar="DIR", help="measure these tools in turn with them")
     parser.add_argument("tools", nargs="*", default=list(TOOLS), metavar="TOOL")
     args = parser.parse_args()
