@@ -3,9 +3,9 @@
 #
 # usage: fresh.sh COMMAND ...          (as root)
 #
-# Each command is run by a shell of its own in a copy of this repository, until one fails. The Debian is made once and
-# kept in the cache; what the commands install there is thrown away afterwards. It reaches the network as this machine
-# does: the same resolver, proxies and certificates.
+# Each command is run by a shell of its own in a copy of this repository, all of them in one root; exit status 1 if one
+# fails. The Debian is made once and kept in the cache; what the commands install there is thrown away afterwards. It
+# reaches the network as this machine does: the same resolver, proxies and certificates.
 set -eu
 
 release=bookworm
@@ -17,16 +17,19 @@ work=/root/tcp-tracers          # in the new root
 if [ "${1:-}" = inside ]; then  # in a mount namespace of its own: inside ROOT COMMAND ...
     root=$2
     shift 2
+    mount --bind "$root" "$root"        # / has to be a mount, or its propagation cannot be changed
     mount -t proc proc "$root/proc"
     mount -t sysfs sysfs "$root/sys"
     mount --rbind /dev "$root/dev"
+    failed=
     for command; do
         echo "fresh.sh: $command"
         # shellcheck disable=SC2046     # one variable a word
         env -i $(env | grep -iE '^(CI|[a-z]+_proxy)=' || true) HOME=/root TERM=dumb \
             PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
-            chroot "$root" sh -c "cd $work && $command" </dev/null
+            chroot "$root" sh -c "cd $work && $command" </dev/null || failed=yes
     done
+    [ -z "$failed" ]
     exit
 fi
 
@@ -37,6 +40,7 @@ if [ ! -e "$base" ]; then
 fi
 root=$(mktemp -d)
 trap 'rm -rf --one-file-system "$root"' EXIT
+trap 'exit 1' INT TERM
 tar -xf "$base" -C "$root"
 cp -L /etc/resolv.conf /etc/hosts "$root/etc"
 apt-config dump Acquire >"$root/etc/apt/apt.conf.d/99host"
