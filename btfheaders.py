@@ -170,7 +170,8 @@ def declarations(names):
                 break
     lib.btf_dump__free(dump)
     lib.btf__free(btf)
-    return b"".join(text).decode()
+    # libbpf writes padding as bit fields. LLVM takes a run of them for one large integer and aligns it wrongly: split it.
+    return b"".join(text).decode().replace("long: 64;", "long: 64, : 0;")
 
 
 def write_tree(root, types):
@@ -297,7 +298,7 @@ def explained(error, output, no_types):
     if no_types and any("Unable to find kernel headers" in line for line in output):
         return OSError("no kernel types (%s): install linux-headers-%s (Debian, Ubuntu) or kernel-devel (Fedora, RHEL)"
                        % (no_types[0], os.uname().release))
-    reasons = [line.strip() for line in output if re.search("error:|fail|denied|not permitted|unable", line, re.I)]
+    reasons = [line.strip() for line in output if re.search("error:|fail|denied|not permitted|unable|such", line, re.I)]
     if reasons and isinstance(error, Exception):
         error.args = ("%s: %s" % (error, reasons[0]),)
     return error

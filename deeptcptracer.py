@@ -90,11 +90,11 @@ bpf_text = r"""
 
 #define IS_IPV4(address) (!(address)[0] && !(address)[1] && (address)[2] == htonl(0xffff))
 
-/* A member of a kernel object. By its offset: LLVM 11 takes some addresses of members wrongly. */
-#define READ(p, member) ({                                                                          \
-    typeof(((typeof(p))0)->member) value;                                                           \
-    bpf_probe_read_kernel(&value, sizeof(value), (void *)(p) + (u64)&((typeof(p))0)->member);       \
-    value;                                                                                          \
+/* A member of a kernel object. */
+#define READ(p, member) ({                                                  \
+    typeof((p)->member) value;                                              \
+    bpf_probe_read_kernel(&value, sizeof(value), &(p)->member);             \
+    value;                                                                  \
 })
 
 enum { SET_STATE, SEND_FIN, FIN, RESET, RETRANSMIT, ERROR, ZERO_WINDOW_RECEIVED, ZERO_WINDOW_SENT };
@@ -129,7 +129,7 @@ BPF_ARRAY(lost, u64, COUNTERS);
 BPF_RINGBUF_OUTPUT(events, RING_PAGES);
 #else
 BPF_PERF_OUTPUT(events);
-BPF_PERCPU_ARRAY(scratch, struct event, 1);     /* too large for a program's own stack */
+BPF_PERCPU_ARRAY(scratch, struct event, 1);     /* for stacks, which are too large for a program's own */
 #endif
 
 /*
@@ -215,7 +215,8 @@ static inline void set_owner(struct owner *o)
     o->pid = bpf_get_current_pid_tgid() >> 32;
 }
 
-static inline void own(struct sock *sk)
+/* Only for use where the current process is known to be the one that uses the socket. */
+static inline void remember_owner(struct sock *sk)
 {
     struct task_struct *task = (struct task_struct *)bpf_get_current_task();
     struct owner o = {};
@@ -232,7 +233,7 @@ static inline void emit(void *ctx, struct sock *sk, struct owner *o, u8 event, u
     struct endpoint source = {.address = {0, 0, htonl(0xffff), 0}}, destination = source;
     u64 ts = bpf_ktime_get_ns();
     struct sock_common c;
-    struct event *e;
+    struct event small, *e = &small;
     int zero = 0;
     u32 netns;
     bool ipv4;
@@ -257,7 +258,7 @@ static inline void emit(void *ctx, struct sock *sk, struct owner *o, u8 event, u
         return;
 #if RING_PAGES
     e = events.ringbuf_reserve(sizeof(*e));
-#else
+#elif STACK_DEPTH
     e = scratch.lookup(&zero);
 #endif
     if (!e) {
@@ -310,7 +311,7 @@ static inline void state_change(void *ctx, struct sock *sk, int oldstate, int ne
     }
     o = owner_of(sk);
     if (newstate == TCP_SYN_SENT || newstate == TCP_LISTEN || (sends_fin && !o)) {
-        own(sk);                /* in connect(), listen(), close(), shutdown() or exit */
+        remember_owner(sk);     /* in connect(), listen(), close(), shutdown() or exit */
         o = owners.lookup(&sk);
     }
     if (newstate == TCP_LISTEN)         /* not by tcp_set_state() */
@@ -352,7 +353,7 @@ static inline void accepted(void *ctx, struct sock *sk)
         sk = READ((struct mptcp_sock *)sk, first);
 #endif
     if (protocol_of(sk) == IPPROTO_TCP && state_of(sk) != TCP_CLOSE && !owner_of(sk))
-        own(sk);
+        remember_owner(sk);
 }
 
 #if KPROBES
@@ -742,7 +743,7 @@ def address(packed):
 
 
 @functools.lru_cache(maxsize=1024)
-def owner_of(packed):
+def owner_text(packed):
     """Returns PID, COMM and JSON members of struct owner. comm can be any bytes: all but plain text is escaped."""
     pid, comm = OWNER.unpack(packed)
     if not pid:
@@ -767,7 +768,7 @@ def clock(second):
 def who(packed):
     """Returns event and owner, as text and as JSON members."""
     event = EVENTS[packed[20]]
-    pid, comm, members = owner_of(packed[:20])
+    pid, comm, members = owner_text(packed[:20])
     return "%-23s %-6s %-16s " % (event, pid, comm), '"event":"%s",%s' % (event, members)
 
 

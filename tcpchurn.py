@@ -79,11 +79,11 @@ bpf_text = r"""
 
 #define IS_IPV4(address) (!(address)[0] && !(address)[1] && (address)[2] == htonl(0xffff))
 
-/* A member of a kernel object. By its offset: LLVM 11 takes some addresses of members wrongly. */
-#define READ(p, member) ({                                                                          \
-    typeof(((typeof(p))0)->member) value;                                                           \
-    bpf_probe_read_kernel(&value, sizeof(value), (void *)(p) + (u64)&((typeof(p))0)->member);       \
-    value;                                                                                          \
+/* A member of a kernel object. */
+#define READ(p, member) ({                                                  \
+    typeof((p)->member) value;                                              \
+    bpf_probe_read_kernel(&value, sizeof(value), &(p)->member);             \
+    value;                                                                  \
 })
 
 enum { ACCEPTED, CONNECTED, CLOSED, COUNTERS };

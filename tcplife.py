@@ -77,11 +77,11 @@ bpf_text = r"""
 #include <net/net_namespace.h>
 #include <net/sock.h>
 
-/* A member of a kernel object. By its offset: LLVM 11 takes some addresses of members wrongly. */
-#define READ(p, member) ({                                                                          \
-    typeof(((typeof(p))0)->member) value;                                                           \
-    bpf_probe_read_kernel(&value, sizeof(value), (void *)(p) + (u64)&((typeof(p))0)->member);       \
-    value;                                                                                          \
+/* A member of a kernel object. */
+#define READ(p, member) ({                                                  \
+    typeof((p)->member) value;                                              \
+    bpf_probe_read_kernel(&value, sizeof(value), &(p)->member);             \
+    value;                                                                  \
 })
 
 struct owner {
@@ -577,7 +577,7 @@ def address(packed):
 
 
 @functools.lru_cache(maxsize=1024)
-def owner_of(packed):
+def owner_text(packed):
     """Returns PID, COMM and JSON members of struct owner. comm can be any bytes: all but plain text is escaped."""
     pid, comm = OWNER.unpack(packed)
     if not pid:
@@ -613,7 +613,7 @@ def line(args, record, start, wall):
     born, died, tx, rx, owner, netns, laddr, raddr, lport, rport = record
     laddr, raddr = address(laddr), address(raddr)
     ip = 6 if ":" in raddr else 4
-    pid, comm, members = owner_of(owner)
+    pid, comm, members = owner_text(owner)
     if args.json:
         return JSON % ((died + wall) / 1e9, members, ip, laddr, lport, raddr, rport, tx, rx,
                        (died - born) / 1e6, netns)

@@ -65,11 +65,11 @@ bpf_text = r"""
 #include <net/net_namespace.h>
 #include <net/sock.h>
 
-/* A member of a kernel object. By its offset: LLVM 11 takes some addresses of members wrongly. */
-#define READ(p, member) ({                                                                          \
-    typeof(((typeof(p))0)->member) value;                                                           \
-    bpf_probe_read_kernel(&value, sizeof(value), (void *)(p) + (u64)&((typeof(p))0)->member);       \
-    value;                                                                                          \
+/* A member of a kernel object. */
+#define READ(p, member) ({                                                  \
+    typeof((p)->member) value;                                              \
+    bpf_probe_read_kernel(&value, sizeof(value), &(p)->member);             \
+    value;                                                                  \
 })
 
 struct owner {
@@ -151,7 +151,7 @@ static inline void set_owner(struct owner *o)
     o->pid = bpf_get_current_pid_tgid() >> 32;
 }
 
-static inline void state_change(void *ctx, struct sock *sk, int newstate)
+static inline void state_change(void *ctx, struct sock *sk, int oldstate, int newstate)
 {
     struct event e = {};
     struct sock_common c;
@@ -185,7 +185,7 @@ static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
 {
     /* An event is a socket and its new state. The address of a socket begins with 0xff. */
     if (is_mine(ctx->args[0] ^ ctx->args[2] << 56, first))
-        state_change(ctx, (struct sock *)ctx->args[0], ctx->args[2]);
+        state_change(ctx, (struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
     return 0;
 }
 
@@ -194,7 +194,7 @@ int tracepoint_set_state_second(struct bpf_raw_tracepoint_args *ctx) { return se
 
 int kprobe_set_state(struct pt_regs *ctx, struct sock *sk, int newstate)
 {
-    state_change(ctx, sk, newstate);
+    state_change(ctx, sk, READ(sk, __sk_common.skc_state), newstate);
     return 0;
 }
 """
@@ -345,7 +345,7 @@ ipv4 = functools.lru_cache(maxsize=1024)(socket.inet_ntoa)
 
 
 @functools.lru_cache(maxsize=1024)
-def owner_of(packed):
+def owner_text(packed):
     """Returns PID, COMM and JSON members of struct owner. comm can be any bytes: all but plain text is escaped."""
     pid, comm = OWNER.unpack(packed)
     if not pid:
@@ -373,7 +373,7 @@ def header(args):
 def line(args, record, start, wall):
     """Returns one line. start: when tracing started, wall: offset of the kernel's clock from Unix time, both in ns."""
     ts, owner, uid, netns, saddr, daddr, dport = record
-    pid, comm, members = owner_of(owner)
+    pid, comm, members = owner_text(owner)
     saddr, daddr = ipv4(saddr), ipv4(daddr)
     if args.json:
         return JSON % ((ts + wall) / 1e9, members, uid, saddr, daddr, dport, netns)

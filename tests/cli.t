@@ -190,7 +190,7 @@ for tool; do
     if [ "$tool" = tcpv4connect ]; then
         beside "$tool with these, without tracefs" few_capabilities 0 '' "$no_tracefs" "$tool" "$@"
     else
-        beside "$tool with these, without tracefs" few_capabilities 1 'tracefs' "$no_tracefs" "$tool" "$@"
+        beside "$tool with these, without tracefs" few_capabilities 1 'sys.kernel' "$no_tracefs" "$tool" "$@"
     fi
     for locale in C C.UTF-8; do
         beside "$tool in the locale $locale" exits 0 '' env -u LANG LC_ALL=$locale "./$tool" --duration 0.3 "$@"

@@ -13,9 +13,8 @@ import sys
 
 # Functions that are each tool's own by nature.
 OWN = {
-    "parse_args", "cflags", "attach", "losses", "column_names", "columns", "form_of", "header", "json_object", "line",
-    "render", "trace", "main",
-    "state_change", "accepted", "emit", "is_wanted", "read_endpoints", "change_of",
+    "parse_args", "cflags", "attach", "learn_existing", "header", "line", "trace", "main",
+    "state_change", "accepted", "accept_returned", "tracepoint_destroy", "kprobe_destroy", "is_wanted",
 }
 C_FUNCTION = re.compile(r"^[a-z][\w ]*[ *](\w+)\([^;{}]*\)\s*\{", re.MULTILINE)
 C_BRACES = re.compile(r'/\*.*?\*/|"(?:\\.|[^"\\])*"|[{}]', re.DOTALL)

@@ -19,7 +19,8 @@ class PerfBuffer(unittest.TestCase):
 
         def lines(tracer):
             return sorted(repr(sorted((name, value) for name, value in line.items() if name not in ("ts", "ms")))
-                          for line in tracer.objects if ports & {line.get("rport"), line.get("sport"), line["dport"]})
+                          for line in tracer.objects
+                          if ports & {line.get(name) for name in ("rport", "sport", "dport")})
         for ring, perf in pairs:
             with self.subTest(ring.command):
                 self.assertEqual(lines(ring), lines(perf))
