@@ -170,7 +170,7 @@ def declarations(names):
                 break
     lib.btf_dump__free(dump)
     lib.btf__free(btf)
-    # libbpf writes padding as bit fields. LLVM takes a run of them for one large integer and aligns it wrongly: split it.
+    # libbpf writes padding as bit fields. LLVM takes a run of them for one large integer, aligned wrongly: split it.
     return b"".join(text).decode().replace("long: 64;", "long: 64, : 0;")
 
 
