@@ -72,7 +72,6 @@ MAX_SOCKETS = 1 << 18           # live sockets
 STACK_DEPTH = 48                # frames
 RING_PAGES = (16 << 20) // mmap.PAGESIZE if KERNEL >= (5, 8) else 0     # 16 MiB: 170,000 events without stacks
 PERF_PAGES = (1 << 20) // mmap.PAGESIZE         # per CPU, where there is no ring buffer
-INTERVAL = 0.1                  # seconds between two looks at the ring buffer
 LOSSES = ["events lost: the ring buffer was full", "owners lost: the map of live sockets was full",
           "events or owners lost: the kernel did not run the probe"]
 # Frames on top of a stack that belong to the tracing itself; a BPF program has no name there.
@@ -210,20 +209,31 @@ static inline struct owner *owner_of(struct sock *sk)
 /* Only for use where the current process is known to be the one that uses the socket. */
 static inline void set_owner(struct owner *o)
 {
-    bpf_get_current_comm(&o->comm, sizeof(o->comm));
+#if PIDNS
+    struct bpf_pidns_info ns = {};
+
+    bpf_get_ns_current_pid_tgid(PIDNS_DEV, PIDNS, &ns, sizeof(ns));
+    o->pid = ns.tgid;           /* 0 for a process of another namespace */
+#else
     o->pid = bpf_get_current_pid_tgid() >> 32;
+#endif
+    bpf_get_current_comm(&o->comm, sizeof(o->comm));
 }
 
-/* Only for use where the current process is known to be the one that uses the socket. */
+/* A kernel thread closes for others: MPTCP's worker, io_uring's, the collector of Unix sockets. */
+static inline bool is_kthread(void)
+{
+    return READ((struct task_struct *)bpf_get_current_task(), flags) & 0x00200000;      /* PF_KTHREAD */
+}
+
 static inline void remember_owner(struct sock *sk)
 {
-    struct task_struct *task = (struct task_struct *)bpf_get_current_task();
     struct owner o = {};
 
-    if (READ(task, flags) & 0x00200000)         /* PF_KTHREAD: MPTCP's worker closes for others */
+    if (is_kthread())
         return;
     set_owner(&o);
-    if (owners.update(&sk, &o))
+    if (o.pid && owners.update(&sk, &o))
         lost.atomic_increment(LOST_OWNER);
 }
 
@@ -241,7 +251,8 @@ static inline void emit(void *ctx, struct sock *sk, struct owner *o, u8 event, u
         return;
     bpf_probe_read_kernel(&c, sizeof(c), &sk->__sk_common);
     netns = READ(c.skc_net.net, ns.inum);
-    source.port = ntohs(READ((struct inet_sock *)sk, inet_sport));
+    /* inet_sport stays when a socket leaves the port's hash table before CLOSE, until another attempt to connect */
+    source.port = oldstate == TCP_CLOSE ? c.skc_num : ntohs(READ((struct inet_sock *)sk, inet_sport));
     destination.port = ntohs(c.skc_dport);
     if (c.skc_family == AF_INET) {
         source.address[3] = c.skc_rcv_saddr;
@@ -504,6 +515,16 @@ def ports(text):
     return [number(1, 65535)(port) for port in text.split(",")]
 
 
+def process(text):
+    """Returns a process ID. The process need not exist yet, but a thread is none."""
+    pid = number(1, 1 << 22)(text)
+    with contextlib.suppress(OSError), open("/proc/%d/status" % pid) as status:
+        leader = int(status.read().split("Tgid:")[1].split()[0])
+        if leader != pid:
+            raise argparse.ArgumentTypeError("%d is a thread of process %d" % (pid, leader))
+    return pid
+
+
 def netns(text):
     """Returns the inode number of a network namespace, given as such, as a path or as a name from `ip netns list`."""
     if text.isdecimal():
@@ -518,7 +539,8 @@ def netns(text):
 def networks(text):
     """Returns comma-separated addresses and prefixes as a list of ip_network."""
     try:
-        text.encode("ascii")
+        if not text.isascii() or "%" in text:   # ip_network() would take the digits of any script, and ignore a scope
+            raise ValueError
         return [ipaddress.ip_network(part, strict=False) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError("not a list of addresses or networks: %r" % text)
@@ -528,7 +550,7 @@ def event_list(text):
     """Returns the numbers of comma-separated EVENTS, each named with or without what follows the name."""
     names = [event.partition("(")[0] for event in EVENTS]
     try:
-        return {names.index(part.partition("(")[0]) for part in text.split(",")}
+        return {(EVENTS if "(" in part else names).index(part) for part in text.split(",")}
     except ValueError:
         raise argparse.ArgumentTypeError("no such event in %r (there are: %s)" % (text, ", ".join(names)))
 
@@ -538,7 +560,7 @@ def parse_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)
     which, family = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
     add = parser.add_argument
-    add("-p", "--pid", type=number(1, 1 << 22), help="trace this PID only")
+    add("-p", "--pid", type=process, help="trace this PID only")
     add("-t", "--timestamp", action="store_true", help="print the time of each event")
     add("-K", "--kstack", action="store_true", help="print the kernel stack")
     add("-s", "--saddr", metavar="ADDRESS", type=networks, help="comma-separated list of local addresses or networks")
@@ -557,6 +579,7 @@ def parse_args(argv=None):
     add("--duration", metavar="SECONDS", type=number(0.001, 1e9, float), help="exit after this many seconds")
     add("--probes", choices=("tracepoint", "kprobe"),
         help="use this kind of probe only (default: tracepoints, and for accept() a kprobe where there are any)")
+    add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     args = parser.parse_args(argv)
     args.kprobes = args.probes == "kprobe" or KERNEL < (4, 17)
     return args
@@ -581,9 +604,21 @@ def address_condition(networks):
     return " || ".join(conditions) or "true"
 
 
+def pid_namespace():
+    """Returns macros for the PID namespace in which the tool runs: 0 for the initial one."""
+    namespace = os.stat("/proc/self/ns/pid")
+    if namespace.st_ino == 0xeffffffc:          # PROC_PID_INIT_INO, include/linux/proc_ns.h
+        return {"PIDNS": 0}
+    if KERNEL >= (5, 7):
+        return {"PIDNS": namespace.st_ino, "PIDNS_DEV": os.minor(namespace.st_dev)}
+    print("%s: before Linux 5.7 the PIDs are the host's, not this PID namespace's" % PROGRAM, file=sys.stderr)
+    return {"PIDNS": 0}
+
+
 def cflags(args):
     """Returns the arguments as macros for the C text. Only numbers get there."""
     macros = {
+        **pid_namespace(),
         "RING_PAGES": RING_PAGES,
         "KPROBES": int(args.kprobes),
         "MAX_SOCKETS": MAX_SOCKETS,
@@ -653,8 +688,7 @@ def load(args):
         sys.exit("%s: %s: %s has no bcc: install python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora)"
                  % (PROGRAM, error, sys.executable))
     except Exception as error:
-        hint = ": needs root, or the capabilities that the manual page names" if os.geteuid() else ""
-        sys.exit("%s: cannot trace: %s%s" % (PROGRAM, error, hint))
+        sys.exit("%s: cannot trace: %s" % (PROGRAM, error))
 
 
 def open_events(bpf, record):
@@ -682,12 +716,15 @@ def open_events(bpf, record):
     position, produced, data = ctypes.c_ulong.from_buffer(consumer), ring[:8].cast("L"), ring[page:]
 
     def read():
-        start = position.value & size - 1
-        records = data[start:start + produced[0] - position.value]
+        start, end = position.value & size - 1, produced[0]
+        time.sleep(0)           # gives up Python's lock and takes it again: what libbpf has a memory barrier for
+        records = data[start:start + end - position.value]
         lengths = records.cast("I")[::record.size // 4].tolist()
         # A length with a flag in it: another CPU is still writing that record.
         whole = next((n for n, length in enumerate(lengths) if length != record.size - 8), len(lengths))
+        time.sleep(0)
         taken = bytes(records[:whole * record.size])
+        time.sleep(0)
         position.value += len(taken)            # from now on the kernel may write there
         return taken
     return read
@@ -721,13 +758,17 @@ def socket_inodes(pid):
 
 def learn_existing(bpf):
     """Tells the kernel side whose the sockets are that exist already."""
-    table = bpf["existing"]
+    table, unknown = bpf["existing"], 0
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):      # the process has ended meanwhile
             with open("/proc/%s/comm" % pid, "rb") as file:
                 owner = table.Leaf(int(pid), file.read()[:15].rstrip(b"\n"))
             for inode in socket_inodes(pid):
-                table[table.Key(inode)] = owner
+                try:
+                    table[table.Key(inode)] = owner
+                except Exception:               # the map is full
+                    unknown += 1
+    report({"owners of sockets from before the start not known: the map was full": unknown}, {})
 
 
 @functools.lru_cache(maxsize=1024)
@@ -831,7 +872,8 @@ def report(lost, reported, form="%s: %d %s"):
     """Prints the losses that have not been reported yet. Returns what is reported now."""
     for what, count in lost.items():
         if count > reported.get(what, 0):
-            print(form % (PROGRAM, count - reported.get(what, 0), what), file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):          # nobody reads standard error
+                print(form % (PROGRAM, count - reported.get(what, 0), what), file=sys.stderr, flush=True)
     return lost
 
 
@@ -844,7 +886,7 @@ def trace(args, bpf):
     learn_existing(bpf)
     write(header(args))
     while not stop:
-        time.sleep(INTERVAL)
+        time.sleep(0.1)         # the time that a line may be late
         stop = signal.sigpending() & STOP_SIGNALS or reader.poll(0)
         wall = time.time_ns() - time.monotonic_ns()     # each time anew: the clock may have been set
         write("".join([line(args, record, wall) for record in form.iter_unpack(read())]))
@@ -853,8 +895,12 @@ def trace(args, bpf):
 
 
 def main():
-    args = parse_args()
     try:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # for --help and --ebpf, which Python prints
+        args = parse_args()
+        if args.ebpf:
+            return print("/* %s */\n%s" % (" ".join(cflags(args)), bpf_text))
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         trace(args, load(args))
     except BrokenPipeError:
         pass

@@ -62,7 +62,6 @@ KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "files_struct", "fdtable", "fi
 RECENT = 1024                   # connections per CPU that are remembered as accepted
 RING_PAGES = (4 << 20) // mmap.PAGESIZE if KERNEL >= (5, 8) else 0      # 4 MiB: a second of the fastest load measured
 PERF_PAGES = (1 << 20) // mmap.PAGESIZE         # per CPU, where there is no ring buffer
-INTERVAL = 0.1                  # seconds between two looks at the ring buffer
 LOSSES = ["accepts lost: the ring buffer was full", "accepts lost: another thread had closed the socket already",
           "accepts lost: the kernel did not run the probe"]
 
@@ -186,8 +185,15 @@ static inline void read_endpoints(struct event *e, struct sock *sk)
 /* Only for use where the current process is known to be the one that uses the socket. */
 static inline void set_owner(struct owner *o)
 {
-    bpf_get_current_comm(&o->comm, sizeof(o->comm));
+#if PIDNS
+    struct bpf_pidns_info ns = {};
+
+    bpf_get_ns_current_pid_tgid(PIDNS_DEV, PIDNS, &ns, sizeof(ns));
+    o->pid = ns.tgid;           /* 0 for a process of another namespace */
+#else
     o->pid = bpf_get_current_pid_tgid() >> 32;
+#endif
+    bpf_get_current_comm(&o->comm, sizeof(o->comm));
 }
 
 static inline void accepted(void *ctx, struct sock *sk)
@@ -313,6 +319,16 @@ def ports(text):
     return [number(1, 65535)(port) for port in text.split(",")]
 
 
+def process(text):
+    """Returns a process ID. The process need not exist yet, but a thread is none."""
+    pid = number(1, 1 << 22)(text)
+    with contextlib.suppress(OSError), open("/proc/%d/status" % pid) as status:
+        leader = int(status.read().split("Tgid:")[1].split()[0])
+        if leader != pid:
+            raise argparse.ArgumentTypeError("%d is a thread of process %d" % (pid, leader))
+    return pid
+
+
 def netns(text):
     """Returns the inode number of a network namespace, given as such, as a path or as a name from `ip netns list`."""
     if text.isdecimal():
@@ -336,7 +352,7 @@ def parse_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)
     family, add = parser.add_mutually_exclusive_group(), parser.add_argument
     add("-t", "--timestamp", action="store_true", help="include timestamp on output")
-    add("-p", "--pid", type=number(1, 1 << 22), help="trace this PID only")
+    add("-p", "--pid", type=process, help="trace this PID only")
     add("-T", "--time", action="store_true", help="include time column on output (HH:MM:SS)")
     add("-P", "--port", type=ports, help="comma-separated list of local ports to trace.")
     family.add_argument("-4", "--ipv4", action="store_true", help="trace IPv4 only")
@@ -349,14 +365,27 @@ def parse_args(argv=None):
     add("--duration", metavar="SECONDS", type=number(0.001, 1e9, float), help="exit after this many seconds")
     add("--probes", choices=("tracepoint", "kprobe"),
         help="use this kind of probe only (default: the kprobe where the kernel has kprobes)")
+    add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     args = parser.parse_args(argv)
     args.form = args.time * "%-8s " + args.timestamp * "%-8s " + TEXT % ("%-5s " if args.rport else "%.0s")
     return args
 
 
+def pid_namespace():
+    """Returns macros for the PID namespace in which the tool runs: 0 for the initial one."""
+    namespace = os.stat("/proc/self/ns/pid")
+    if namespace.st_ino == 0xeffffffc:          # PROC_PID_INIT_INO, include/linux/proc_ns.h
+        return {"PIDNS": 0}
+    if KERNEL >= (5, 7):
+        return {"PIDNS": namespace.st_ino, "PIDNS_DEV": os.minor(namespace.st_dev)}
+    print("%s: before Linux 5.7 the PIDs are the host's, not this PID namespace's" % PROGRAM, file=sys.stderr)
+    return {"PIDNS": 0}
+
+
 def cflags(args):
     """Returns the arguments as macros for the C text. Only numbers get there."""
     macros = {
+        **pid_namespace(),
         "RING_PAGES": RING_PAGES,
         "RECENT": RECENT,
         "CPUS": os.sysconf("SC_NPROCESSORS_CONF"),
@@ -400,8 +429,7 @@ def load(args):
         sys.exit("%s: %s: %s has no bcc: install python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora)"
                  % (PROGRAM, error, sys.executable))
     except Exception as error:
-        hint = ": needs root, or the capabilities that the manual page names" if os.geteuid() else ""
-        sys.exit("%s: cannot trace: %s%s" % (PROGRAM, error, hint))
+        sys.exit("%s: cannot trace: %s" % (PROGRAM, error))
 
 
 def open_events(bpf, record):
@@ -429,12 +457,15 @@ def open_events(bpf, record):
     position, produced, data = ctypes.c_ulong.from_buffer(consumer), ring[:8].cast("L"), ring[page:]
 
     def read():
-        start = position.value & size - 1
-        records = data[start:start + produced[0] - position.value]
+        start, end = position.value & size - 1, produced[0]
+        time.sleep(0)           # gives up Python's lock and takes it again: what libbpf has a memory barrier for
+        records = data[start:start + end - position.value]
         lengths = records.cast("I")[::record.size // 4].tolist()
         # A length with a flag in it: another CPU is still writing that record.
         whole = next((n for n, length in enumerate(lengths) if length != record.size - 8), len(lengths))
+        time.sleep(0)
         taken = bytes(records[:whole * record.size])
+        time.sleep(0)
         position.value += len(taken)            # from now on the kernel may write there
         return taken
     return read
@@ -509,7 +540,8 @@ def report(lost, reported, form="%s: %d %s"):
     """Prints the losses that have not been reported yet. Returns what is reported now."""
     for what, count in lost.items():
         if count > reported.get(what, 0):
-            print(form % (PROGRAM, count - reported.get(what, 0), what), file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):          # nobody reads standard error
+                print(form % (PROGRAM, count - reported.get(what, 0), what), file=sys.stderr, flush=True)
     return lost
 
 
@@ -520,7 +552,7 @@ def trace(args, bpf):
     signal.setitimer(signal.ITIMER_REAL, args.duration or 0)
     write(header(args))
     while not stop:
-        time.sleep(INTERVAL)
+        time.sleep(0.1)         # the time that a line may be late
         stop = signal.sigpending() & STOP_SIGNALS or reader.poll(0)
         records = list(RECORD.iter_unpack(read()))
         start = start or (records and records[0][0])
@@ -531,8 +563,12 @@ def trace(args, bpf):
 
 
 def main():
-    args = parse_args()
     try:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # for --help and --ebpf, which Python prints
+        args = parse_args()
+        if args.ebpf:
+            return print("/* %s */\n%s" % (" ".join(cflags(args)), bpf_text))
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         trace(args, load(args))
     except BrokenPipeError:
         pass

@@ -66,9 +66,9 @@ MAX_SESSIONS = 1 << 18          # live sockets: 23 MB of kernel memory
 MAX_UNCLAIMED = 1 << 14         # sessions that ended before accept() returned them
 RING_PAGES = (8 << 20) // mmap.PAGESIZE if KERNEL >= (5, 8) else 0      # 8 MiB: a second of the fastest load measured
 PERF_PAGES = (1 << 20) // mmap.PAGESIZE         # per CPU, where there is no ring buffer
-INTERVAL = 0.1                  # seconds between two looks at the ring buffer
 LOSSES = ["sessions lost: the ring buffer was full", "sessions lost: the map of live sessions was full",
-          "sessions lost: their end was not seen", "state changes or accepts lost: the kernel did not run the probe"]
+          "sessions lost: the map of unaccepted sessions was full", "sessions lost: their end was not seen",
+          "state changes or accepts lost: the kernel did not run the probe"]
 
 bpf_text = r"""
 #include <linux/fdtable.h>
@@ -105,7 +105,7 @@ struct event {                  /* as RECORD below */
     u32 pad;
 };
 
-enum { LOST_EVENT, LOST_SESSION, LOST_END, RESCUED, COUNTERS };      /* as LOSSES above */
+enum { LOST_EVENT, LOST_SESSION, LOST_UNCLAIMED, LOST_END, RESCUED, COUNTERS };      /* as LOSSES above */
 
 BPF_HASH(sessions, struct sock *, struct session, MAX_SESSIONS);
 BPF_HASH(unclaimed, struct sock *, struct event, MAX_UNCLAIMED);    /* ended before anybody accepted them */
@@ -204,8 +204,15 @@ static inline void submit(void *ctx, struct event *e)
 /* Only for use where the current process is known to be the one that uses the socket. */
 static inline void set_owner(struct owner *o)
 {
-    bpf_get_current_comm(&o->comm, sizeof(o->comm));
+#if PIDNS
+    struct bpf_pidns_info ns = {};
+
+    bpf_get_ns_current_pid_tgid(PIDNS_DEV, PIDNS, &ns, sizeof(ns));
+    o->pid = ns.tgid;           /* 0 for a process of another namespace */
+#else
     o->pid = bpf_get_current_pid_tgid() >> 32;
+#endif
+    bpf_get_current_comm(&o->comm, sizeof(o->comm));
 }
 
 static inline void birth(struct sock *sk, bool active)
@@ -238,6 +245,12 @@ static inline void forget(struct sock *sk)
         lost.atomic_increment(LOST_END);
 }
 
+/* A kernel thread closes for others: MPTCP's worker, io_uring's, the collector of Unix sockets. */
+static inline bool is_kthread(void)
+{
+    return READ((struct task_struct *)bpf_get_current_task(), flags) & 0x00200000;      /* PF_KTHREAD */
+}
+
 /* The current process uses this socket. Returns whether its session is known. */
 static inline bool own(struct sock *sk)
 {
@@ -266,7 +279,7 @@ static inline void death(void *ctx, struct sock *sk)
     e.rx = READ((struct tcp_sock *)sk, bytes_received);
     if (!e.owner.pid) {
         if (unclaimed.update(&sk, &e))
-            lost.atomic_increment(LOST_SESSION);
+            lost.atomic_increment(LOST_UNCLAIMED);
     } else if (!FILTER_PID || e.owner.pid == FILTER_PID) {
         submit(ctx, &e);
     }
@@ -282,7 +295,8 @@ static inline void claim(void *ctx, struct sock *sk)
     e = *held;
     if (unclaimed.delete(&sk))  /* another process was faster */
         return;
-    set_owner(&e.owner);
+    if (!is_kthread())
+        set_owner(&e.owner);
     if (!FILTER_PID || e.owner.pid == FILTER_PID)
         submit(ctx, &e);
 }
@@ -310,8 +324,8 @@ static inline void state_change(void *ctx, struct sock *sk, int oldstate, int ne
         birth(sk, true);
     else if (newstate == TCP_ESTABLISHED && oldstate == TCP_SYN_RECV)
         birth(sk, false);
-    else if (newstate == TCP_FIN_WAIT1 || newstate == TCP_LAST_ACK)     /* in close(), shutdown() and exit only */
-        own(sk);
+    else if ((newstate == TCP_FIN_WAIT1 || newstate == TCP_LAST_ACK) && !is_kthread())
+        own(sk);                /* in close(), shutdown() or exit */
     else if (newstate == TCP_CLOSE)
         death(ctx, sk);
 }
@@ -412,6 +426,16 @@ def ports(text):
     return [number(1, 65535)(port) for port in text.split(",")]
 
 
+def process(text):
+    """Returns a process ID. The process need not exist yet, but a thread is none."""
+    pid = number(1, 1 << 22)(text)
+    with contextlib.suppress(OSError), open("/proc/%d/status" % pid) as status:
+        leader = int(status.read().split("Tgid:")[1].split()[0])
+        if leader != pid:
+            raise argparse.ArgumentTypeError("%d is a thread of process %d" % (pid, leader))
+    return pid
+
+
 def netns(text):
     """Returns the inode number of a network namespace, given as such, as a path or as a name from `ip netns list`."""
     if text.isdecimal():
@@ -432,7 +456,7 @@ def parse_args(argv=None):
     add("-t", "--timestamp", action="store_true", help="include timestamp on output (seconds)")
     form.add_argument("-w", "--wide", action="store_true", help="wide column output (fits IPv6 addresses)")
     form.add_argument("-s", "--csv", action="store_true", help="comma separated values output")
-    add("-p", "--pid", type=number(1, 1 << 22), help="trace this PID only")
+    add("-p", "--pid", type=process, help="trace this PID only")
     add("-L", "--localport", type=ports, help="comma-separated list of local ports to trace.")
     add("-D", "--remoteport", type=ports, help="comma-separated list of remote ports to trace.")
     family.add_argument("-4", "--ipv4", action="store_true", help="trace IPv4 only")
@@ -445,6 +469,7 @@ def parse_args(argv=None):
              "which saves the probe on accept()")
     add("--probes", choices=("tracepoint", "kprobe"),
         help="use this kind of probe only (default: tracepoints, and for accept() a kprobe where there are any)")
+    add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     args = parser.parse_args(argv)
     args.kprobes = args.probes == "kprobe" or KERNEL < (4, 17)
     args.form = args.time * "%-8s " + args.timestamp * "%-9s " + (WIDE if args.wide else NARROW)
@@ -456,9 +481,21 @@ def port_condition(ports):
     return " || ".join("(port) == %d" % port for port in ports or []) or "true"
 
 
+def pid_namespace():
+    """Returns macros for the PID namespace in which the tool runs: 0 for the initial one."""
+    namespace = os.stat("/proc/self/ns/pid")
+    if namespace.st_ino == 0xeffffffc:          # PROC_PID_INIT_INO, include/linux/proc_ns.h
+        return {"PIDNS": 0}
+    if KERNEL >= (5, 7):
+        return {"PIDNS": namespace.st_ino, "PIDNS_DEV": os.minor(namespace.st_dev)}
+    print("%s: before Linux 5.7 the PIDs are the host's, not this PID namespace's" % PROGRAM, file=sys.stderr)
+    return {"PIDNS": 0}
+
+
 def cflags(args):
     """Returns the arguments as macros for the C text. Only numbers get there."""
     macros = {
+        **pid_namespace(),
         "RING_PAGES": RING_PAGES,
         "KPROBES": int(args.kprobes),
         "MAX_SESSIONS": MAX_SESSIONS,
@@ -513,8 +550,7 @@ def load(args):
         sys.exit("%s: %s: %s has no bcc: install python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora)"
                  % (PROGRAM, error, sys.executable))
     except Exception as error:
-        hint = ": needs root, or the capabilities that the manual page names" if os.geteuid() else ""
-        sys.exit("%s: cannot trace: %s%s" % (PROGRAM, error, hint))
+        sys.exit("%s: cannot trace: %s" % (PROGRAM, error))
 
 
 def open_events(bpf, record):
@@ -542,12 +578,15 @@ def open_events(bpf, record):
     position, produced, data = ctypes.c_ulong.from_buffer(consumer), ring[:8].cast("L"), ring[page:]
 
     def read():
-        start = position.value & size - 1
-        records = data[start:start + produced[0] - position.value]
+        start, end = position.value & size - 1, produced[0]
+        time.sleep(0)           # gives up Python's lock and takes it again: what libbpf has a memory barrier for
+        records = data[start:start + end - position.value]
         lengths = records.cast("I")[::record.size // 4].tolist()
         # A length with a flag in it: another CPU is still writing that record.
         whole = next((n for n, length in enumerate(lengths) if length != record.size - 8), len(lengths))
+        time.sleep(0)
         taken = bytes(records[:whole * record.size])
+        time.sleep(0)
         position.value += len(taken)            # from now on the kernel may write there
         return taken
     return read
@@ -629,7 +668,8 @@ def report(lost, reported, form="%s: %d %s"):
     """Prints the losses that have not been reported yet. Returns what is reported now."""
     for what, count in lost.items():
         if count > reported.get(what, 0):
-            print(form % (PROGRAM, count - reported.get(what, 0), what), file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):          # nobody reads standard error
+                print(form % (PROGRAM, count - reported.get(what, 0), what), file=sys.stderr, flush=True)
     return lost
 
 
@@ -640,7 +680,7 @@ def trace(args, bpf):
     signal.setitimer(signal.ITIMER_REAL, args.duration or 0)
     write(header(args))
     while not stop:
-        time.sleep(INTERVAL)
+        time.sleep(0.1)         # the time that a line may be late
         stop = signal.sigpending() & STOP_SIGNALS or reader.poll(0)
         records = read()
         if stop and not args.pid:       # sessions that are over but that nobody has accepted: their owner is not known
@@ -652,8 +692,12 @@ def trace(args, bpf):
 
 
 def main():
-    args = parse_args()
     try:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # for --help and --ebpf, which Python prints
+        args = parse_args()
+        if args.ebpf:
+            return print("/* %s */\n%s" % (" ".join(cflags(args)), bpf_text))
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         trace(args, load(args))
     except BrokenPipeError:
         pass
