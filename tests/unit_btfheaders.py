@@ -66,7 +66,9 @@ class Tree(unittest.TestCase):
 @unittest.skipUnless(HAS_BTF, "needs a kernel with BTF")
 class Command(unittest.TestCase):
     def setUp(self):
-        self.folder = self.enterContext(tempfile.TemporaryDirectory())
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
 
     def run_it(self, *args):
         run = subprocess.run([live.PYTHON, live.ROOT / "btfheaders.py", *args], capture_output=True, text=True,
