@@ -1,6 +1,8 @@
 # make demo      see the tools at work on connections of their own (installs what is missing; as root)
-# make test      all tests (installs what is missing; as root)
+# make test      the tests (installs what is missing; as root)
+# make test-load   all tools under full load, with buffers too small for it, and with very many sockets
 # make test-kernels   the tools on other kernels, in virtual machines (KERNELS=bookworm: on one)
+# make test-fresh    make demo and make test in a Debian where nothing is installed, in a folder (chroot)
 # make lint      the static part of the tests
 # make bench     what tracing costs, beside the load untraced and beside the peers that are installed
 # make soak      all five tools under a mixed load for DURATION seconds (default 1800), checked against its counts
@@ -12,7 +14,10 @@ PREFIX  ?= /usr/local
 DESTDIR ?=
 PYTHON  ?= /usr/bin/python3
 TOOLS   = tcplife tcpaccept tcpv4connect tcpchurn deeptcptracer
-TESTS   = tests/lint.t tests/unit.t tests/cli.t tests/live.t
+LIVE    = $(TOOLS:%=test_%) test_hostile test_second test_old_kernels
+LOAD    = load_loss load_many
+# Each argument is a command, so that a tool has a line of its own in what prove prints.
+PROVE   = PYTHON=$(PYTHON) prove --directives --failures --comments --timer --exec 'sh -c'
 DURATION ?= 1800
 KERNELS = bullseye bookworm trixie sid
 RUFF    = .venv/bin/ruff
@@ -29,13 +34,19 @@ demo: deps-demo
 	@PYTHON=$(PYTHON) sh tests/demo.sh
 
 test: deps-test $(RUFF)
-	PYTHON=$(PYTHON) prove --directives --failures --comments $(TESTS)
+	$(PROVE) tests/lint.t tests/unit.t $(TOOLS:%='tests/cli.t %') $(LIVE:%='tests/live.t %')
+
+test-load: deps-test
+	$(PROVE) $(LOAD:%='tests/live.t %')
+
+test-fresh: deps-kernels
+	sh tests/fresh.sh 'make demo' 'make test'
 
 test-kernels: deps-kernels
 	sh tests/kernels.sh $(KERNELS)
 
 lint: deps-test $(RUFF)
-	PYTHON=$(PYTHON) prove --directives --failures --comments tests/lint.t
+	$(PROVE) tests/lint.t
 
 bench: deps-test
 	$(PYTHON) tests/bench.py
@@ -44,18 +55,17 @@ soak: deps-test
 	cd tests && PYTHONPATH=..:. PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -W ignore soak.py $(DURATION)
 
 # What each needs, as a test that it is there; packages are only installed if one is not.
+have = (for command in $(1); do command -v $$command >/dev/null || exit 1; done)
+
 deps-demo:
-	@$(PYTHON) -c 'import bcc' 2>/dev/null && command -v ip >/dev/null || sh tests/packages.sh demo
+	@$(PYTHON) -c 'import bcc' 2>/dev/null && $(call have,ip) || sh tests/packages.sh demo
 
 deps-test: deps-demo
-	@$(PYTHON) -c 'import tap, venv, ensurepip' 2>/dev/null && command -v prove >/dev/null && \
-	 command -v shellcheck >/dev/null && command -v mandoc >/dev/null && command -v cc >/dev/null && \
-	 command -v col >/dev/null && command -v bpftool >/dev/null || sh tests/packages.sh test
+	@$(PYTHON) -c 'import tap, venv, ensurepip' 2>/dev/null && \
+	 $(call have,prove shellcheck mandoc col cc bpftool sysctl mount jq) || sh tests/packages.sh test
 
 deps-kernels:
-	@command -v qemu-system-x86_64 >/dev/null && command -v mmdebstrap >/dev/null && command -v busybox >/dev/null && \
-	 command -v cpio >/dev/null && command -v modprobe >/dev/null && command -v xz >/dev/null && \
-	 command -v zstd >/dev/null || sh tests/packages.sh kernels
+	@$(call have,qemu-system-x86_64 mmdebstrap busybox cpio modprobe xz zstd) || sh tests/packages.sh kernels
 
 $(RUFF):
 	$(PYTHON) -m venv .venv
@@ -79,4 +89,5 @@ uninstall:
 	rm -f $(SBIN)/btfheaders.py
 	-rmdir $(DOC) $(dir $(DOC)) 2>/dev/null
 
-.PHONY: help tools demo test test-kernels lint bench soak deps-demo deps-test deps-kernels install uninstall
+.PHONY: help tools demo test test-load test-fresh test-kernels lint bench soak deps-demo deps-test deps-kernels \
+        install uninstall

@@ -186,7 +186,8 @@ def declarations(names):
                 break
     lib.btf_dump__free(dump)
     lib.btf__free(btf)
-    return without_tagged_members(b"".join(text).decode())
+    # libbpf writes padding as bit fields. LLVM takes a run of them for one large integer, aligned wrongly: split it.
+    return without_tagged_members(b"".join(text).decode().replace("long: 64;", "long: 64, : 0;"))
 
 
 def without_tagged_members(text):
@@ -344,7 +345,7 @@ def explained(error, output, no_types):
             return OSError("no kernel headers in BCC_KERNEL_SOURCE (%s)" % os.environ.get("BCC_KERNEL_SOURCE"))
         return OSError("no kernel types (%s): install linux-headers-%s (Debian, Ubuntu) or kernel-devel (Fedora, RHEL)"
                        % (no_types[0], os.uname().release))
-    reasons = [line.strip() for line in output if re.search("error:|fail|denied|not permitted|unable", line, re.I)]
+    reasons = [line.strip() for line in output if re.search("error:|fail|denied|not permitted|unable|such", line, re.I)]
     if reasons and isinstance(error, Exception):
         error.args = ("%s: %s" % (error, reasons[0]),)
     return error

@@ -3,7 +3,7 @@
 # tcpchurn  Count the TCP accepts, opens and closes of a process over sliding time windows.
 #           For Linux, uses bcc, eBPF.
 #
-# usage: tcpchurn [-h] [-c] [-p] [-w SECONDS [SECONDS ...]] [-i SECONDS] [-a] [--json] [--netns NETNS]
+# usage: tcpchurn [-h] [-c | --json] [-p] [-w SECONDS [SECONDS ...]] [-i SECONDS] [-a] [--netns NETNS]
 #                 [--duration SECONDS] [--probes {tracepoint,kprobe}] PID
 #
 # O counts connections that the process opened: accept() calls that returned one, and connect() attempts. C counts those
@@ -18,150 +18,152 @@
 
 import signal
 
-STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
-if __name__ == "__main__":      # taken by stop_asked() only: nothing is interrupted half done, imports neither
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGALRM}      # the last one for --duration
+if __name__ == "__main__":      # blocked from here on and polled in trace(): no signal interrupts an import or a line
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 import argparse
-import array
+import bisect
 import contextlib
-import ctypes
 import fcntl
 import ipaddress
 import json
 import math
+import mmap
 import os
 import re
 import select
-import socket
 import struct
-import subprocess
 import sys
 import time
 
+sys.dont_write_bytecode = True
+try:
+    from btfheaders import compiled     # kernel types without kernel headers, and a compiler that is quick and quiet
+except ImportError:
+    def compiled(_types, compile_it):   # alone, this is any bcc program: it needs kernel headers
+        return compile_it()
+
 examples = """examples:
     ./tcpchurn 30800                # accepts and opens, and closes, of PID 30800
-    ./tcpchurn -a 30800             # accepts and opens apart
+    ./tcpchurn -a 30800             # accepts and opens separately
     ./tcpchurn -c 30800             # clear the screen before each update
     ./tcpchurn -p 30800             # leave connections with private addresses out
     ./tcpchurn 30800 -w 1 5 10 -i 5 # other windows, an update every 5 seconds
     ./tcpchurn -w 1,5,10 30800      # the same windows
-    ./tcpchurn --json 30800         # one JSON object an update
+    ./tcpchurn --json 30800         # one JSON object per update
 """
 
-KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "signal_struct", "files_struct", "fdtable", "file", "socket",
+PROGRAM = "tcpchurn"
+KERNEL = tuple(int(n) for n in re.findall("[0-9]+", os.uname().release)[:2])
+KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "signal_struct", "files_struct", "fdtable", "file", "socket_alloc",
                 "mptcp_sock"]
 WINDOWS = [1.0, 5.0, 10.0, 30.0, 60.0, 120.0, 240.0, 500.0, 1200.0]     # seconds
-BUCKET = 0.1                    # seconds, at most
+BUCKET_SECONDS = 0.1            # at most
 MAX_BUCKETS = 1 << 19           # 14 hours of 0.1 s
 MAX_SOCKETS = 1 << 18           # live connections of the process
 INTERVAL = 0.1                  # seconds between two looks at the process
+LOSSES = ["closes lost: the map of live connections was full",
+          "state changes or accepts lost: the kernel did not run the probe"]
 PRIVATE = ["0.0.0.0/8", "10.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16",
            "::/127", "fc00::/7", "fe80::/10"]
 
 bpf_text = r"""
 #include <linux/fdtable.h>
+#include <linux/fs.h>
 #include <linux/net.h>
 #include <linux/sched/signal.h>
 #include <linux/tcp.h>
 #include <net/net_namespace.h>
 #include <net/sock.h>
 
-enum { ACCEPTED, CONNECTED, CLOSED, COUNTERS };
-enum { LOST_SOCKET, LOST_BUCKET, NOT_LOST, LOST_COUNTERS };
+#define IS_IPV4(address) (!(address)[0] && !(address)[1] && (address)[2] == htonl(0xffff))
 
-struct bucket {
+/* A member of a kernel object. */
+#define READ(p, member) ({                                                  \
+    typeof((p)->member) value;                                              \
+    bpf_probe_read_kernel(&value, sizeof(value), &(p)->member);             \
+    value;                                                                  \
+})
+
+enum { ACCEPTED, CONNECTED, CLOSED, COUNTERS };
+enum { LOST_SOCKET, RESCUED, LOST_COUNTERS };           /* as LOSSES above */
+
+/* What had been counted when a bucket of time got its first event: so no bucket ever has to be cleared. */
+struct bucket {                 /* as BUCKET below */
+    u64 number;                 /* bpf_ktime_get_ns() / BUCKET_NS */
     u64 count[COUNTERS];
 };
 
-BPF_ARRAY(total, u64, COUNTERS);
-BPF_HASH(buckets, u64, struct bucket, BUCKETS);         /* by bpf_ktime_get_ns() / BUCKET_NS */
+BPF_F_TABLE("array", int, struct bucket, buckets, BUCKETS + 1, BUCKETS_FLAGS);      /* the last one: counted so far */
 BPF_HASH(owned, struct sock *, u8, MAX_SOCKETS);        /* opened by the process since the start, and open */
-BPF_HASH(existing, u64, u8, MAX_SOCKETS);               /* open before the start, by cookie */
+BPF_HASH(existing, u64, u8, MAX_SOCKETS);               /* inodes of its sockets from before the start */
 BPF_ARRAY(ended, u8, 1);                                /* whether the process has */
 BPF_ARRAY(lost, u64, LOST_COUNTERS);
+
 /*
- * The kernel lets no program interrupt itself (since 6.1): while one runs, it is skipped for what a softirq does, and
- * (in 7.2) for what a process does that has taken the CPU meanwhile. So two stand at a tracepoint, and the second
- * takes what the first has not seen. They cannot share a third by a tail call: since 6.13 that would have one stack a
- * CPU, and they do interrupt each other.
+ * The kernel skips a program that is already running on this CPU (since 6.1): the events of a softirq that interrupts
+ * it would be lost, and on 7.2 those of a process that preempts it. So a tracepoint has two programs, and the second
+ * handles what the first was skipped for. Marked is what is between the two: in a stack of two for a softirq on top of
+ * a process, and in a slot of its own for a preempted process.
  */
-#define SEEN_BITS 10
-BPF_PERCPU_ARRAY(seen, u64, 1 << SEEN_BITS);    /* what is between the two, by its hash */
+struct marks {
+    u64 top, below;
+};
+#define SLOT_BITS 10
+BPF_PERCPU_ARRAY(marks, struct marks, 1 << SLOT_BITS);
 
-static inline void count_lost(int what)
+static inline bool is_mine(u64 event, bool first)
 {
-    u64 *n = lost.lookup(&what);
+    u32 slot = event * 0x9e3779b97f4a7c15 >> (64 - SLOT_BITS);      /* Fibonacci hashing */
+    struct marks *m = marks.lookup(&slot);
 
-    if (n)
-        __sync_fetch_and_add(n, 1);
-}
-
-static inline u64 *slot_of(u64 what)
-{
-    u32 slot = what * 0x9e3779b97f4a7c15 >> (64 - SEEN_BITS);
-
-    return seen.lookup(&slot);
-}
-
-static inline void first_sees(u64 what)
-{
-    u64 *slot = slot_of(what);
-
-    if (slot)
-        *slot = what;
-}
-
-static inline bool first_has_seen(u64 what)
-{
-    u64 *slot = slot_of(what);
-
-    if (slot && *slot == what) {
-        *slot = 0;
-        return true;
+    if (!m)
+        return false;           /* never */
+    if (first) {
+        m->below = m->top;
+        m->top = event;
+    } else if (m->top == event) {
+        m->top = m->below;
+        m->below = 0;
+        return false;
+    } else if (m->below == event) {
+        m->below = 0;
+        return false;
+    } else {
+        lost.atomic_increment(RESCUED);
     }
-    count_lost(NOT_LOST);
-    return false;
+    return true;
 }
 
 static inline u32 netns_of(struct sock *sk)
 {
-    struct net *net = NULL;
-    u32 inum = 0;
-
-    bpf_probe_read_kernel(&net, sizeof(net), &sk->__sk_common.skc_net.net);
-    bpf_probe_read_kernel(&inum, sizeof(inum), &net->ns.inum);
-    return inum;
+    return READ(READ(sk, __sk_common.skc_net.net), ns.inum);
 }
 
 /* MPTCP's own sockets and SCTP's report their states here too; MPTCP's subflows are TCP. */
 static inline u16 protocol_of(struct sock *sk)
 {
-    u16 protocol = IPPROTO_TCP;
-
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(5, 6, 0)       /* a bit field before, and MPTCP came with 5.6 */
-    bpf_probe_read_kernel(&protocol, sizeof(protocol), &sk->sk_protocol);
+    return READ(sk, sk_protocol);
+#else
+    return IPPROTO_TCP;
 #endif
-    return protocol;
 }
 
 static inline void count(int what)
 {
-    u64 now = bpf_ktime_get_ns() / BUCKET_NS, old = now - KEPT_BUCKETS;
-    struct bucket empty = {}, *b = buckets.lookup(&now);
-    u64 *n = total.lookup(&what);
+    u64 now = bpf_ktime_get_ns() / BUCKET_NS;
+    int slot = now % BUCKETS, last = BUCKETS;
+    struct bucket *b = buckets.lookup(&slot), *so_far = buckets.lookup(&last);
 
-    if (n)
-        __sync_fetch_and_add(n, 1);
-    if (!b) {
-        buckets.delete(&old);
-        buckets.insert(&now, &empty);           /* or another CPU has */
-        b = buckets.lookup(&now);
+    if (!b || !so_far)
+        return;                 /* never */
+    if (b->number != now) {
+        *b = *so_far;
+        b->number = now;
     }
-    if (b && what >= 0 && what < COUNTERS)
-        __sync_fetch_and_add(&b->count[what], 1);
-    else
-        count_lost(LOST_BUCKET);
+    __sync_fetch_and_add(&so_far->count[what], 1);
 }
 
 static inline bool is_of_process(void)
@@ -175,48 +177,40 @@ static inline bool is_of_process(void)
 /* Whether the other end is one to be counted. */
 static inline bool is_wanted(struct sock *sk)
 {
-    struct sock_common c;
-    u32 a[4] = {0, 0, htonl(0xffff), 0};
+    u32 address[4] = {0, 0, htonl(0xffff), READ(sk, __sk_common.skc_daddr)};
 
-    if (FILTER_NETNS && netns_of(sk) != FILTER_NETNS)
-        return false;
-    if (!IGNORE_PRIVATE)
-        return true;
-    bpf_probe_read_kernel(&c, sizeof(c), &sk->__sk_common);
-    if (c.skc_family == AF_INET)
-        a[3] = c.skc_daddr;
-    else
-        __builtin_memcpy(a, &c.skc_v6_daddr, sizeof(a));
-    a[0] = ntohl(a[0]);
-    a[1] = ntohl(a[1]);
-    a[2] = ntohl(a[2]);
-    a[3] = ntohl(a[3]);
-    return !(IS_PRIVATE);
+    if (READ(sk, __sk_common.skc_family) == AF_INET6)
+        bpf_probe_read_kernel(address, sizeof(address), &sk->__sk_common.skc_v6_daddr);
+    return (!IGNORE_PRIVATE || !IS_PRIVATE(address)) && (!FILTER_NETNS || netns_of(sk) == FILTER_NETNS);
 }
 
-static inline bool has_ended_state(u8 state)
+/* The inode that user space sees of this socket; 0 before accept() and after close(). */
+static inline u64 inode_of(struct sock *sk)
 {
-    return state != TCP_ESTABLISHED && state != TCP_CLOSE_WAIT && state != TCP_SYN_SENT && state != TCP_SYN_RECV;
+    struct socket *socket = READ(sk, sk_socket);
+
+    return socket ? READ((struct socket_alloc *)socket, vfs_inode.i_ino) : 0;
 }
 
-static inline void closed(struct sock *sk)
+static inline bool is_open(u8 state)
 {
-    u64 cookie = 0;
+    return state == TCP_ESTABLISHED || state == TCP_CLOSE_WAIT || state == TCP_SYN_SENT || state == TCP_SYN_RECV;
+}
 
-    if (owned.lookup(&sk)) {
-        if (!owned.delete(&sk))
-            count(CLOSED);
-        return;
-    }
-    /* sock_diag has given a cookie to every socket that user space has asked for at the start. */
-    bpf_probe_read_kernel(&cookie, sizeof(cookie), &sk->__sk_common.skc_cookie);
-    if (cookie && existing.lookup(&cookie) && !existing.delete(&cookie))
+static inline void closed(struct sock *sk, int oldstate)
+{
+    bool counts = owned.lookup(&sk) && !owned.delete(&sk);
+    u64 inode = is_open(oldstate) ? inode_of(sk) : 0;
+
+    if (existing.lookup(&inode) && !existing.delete(&inode) && is_wanted(sk))
+        counts = true;
+    if (counts)
         count(CLOSED);
 }
 
 static inline void opened(struct sock *sk, int how)
 {
-    u8 one = 1, state = 0;
+    u8 one = 1;
     int err;
 
     if (!is_of_process() || protocol_of(sk) != IPPROTO_TCP || !is_wanted(sk))
@@ -225,203 +219,136 @@ static inline void opened(struct sock *sk, int how)
     if (err == -EEXIST)         /* another thread has put this socket behind the descriptor, and it is counted */
         return;
     if (err)
-        count_lost(LOST_SOCKET);
+        lost.atomic_increment(LOST_SOCKET);
     count(how);
-    if (how == ACCEPTED) {
-        /* The peer may have reset it before. */
-        bpf_probe_read_kernel(&state, sizeof(state), (void *)&sk->__sk_common.skc_state);
-        if (has_ended_state(state))
-            closed(sk);
-    }
+    if (how == ACCEPTED && !is_open(READ(sk, __sk_common.skc_state)))       /* reset before accept() */
+        closed(sk, TCP_CLOSE);
 }
 
-static inline void accepted(struct sock *sk)
+static inline void accepted(void *ctx, struct sock *sk)
 {
 #ifdef BTF_HAS_mptcp_sock
     /* accept() returns MPTCP's own socket; the connection is its first subflow. */
     if (protocol_of(sk) == IPPROTO_MPTCP)
-        bpf_probe_read_kernel(&sk, sizeof(sk), &((struct mptcp_sock *)sk)->first);
+        sk = READ((struct mptcp_sock *)sk, first);
 #endif
     opened(sk, ACCEPTED);
 }
 
-static inline void state_change(struct sock *sk, int oldstate, int newstate)
+static inline void state_change(void *ctx, struct sock *sk, int oldstate, int newstate)
 {
-    /* A socket that only now begins: if it is known, the end of the one before was not seen. */
-    if ((oldstate == TCP_CLOSE || oldstate == TCP_LISTEN || has_ended_state(newstate)) && newstate != TCP_LISTEN)
-        closed(sk);
+    /* A new socket, too: if it is known, the end of an older one at this address was not seen. */
+    if ((oldstate == TCP_CLOSE || oldstate == TCP_LISTEN || !is_open(newstate)) && newstate != TCP_LISTEN)
+        closed(sk, oldstate);
     if (newstate == TCP_SYN_SENT)
         opened(sk, CONNECTED);
 }
 
-#ifdef KPROBE_STATE
-int kprobe_set_state(struct pt_regs *ctx, struct sock *sk, int state)
+#if KPROBES
+int kprobe_set_state(struct pt_regs *ctx, struct sock *sk, int newstate)
 {
-    u8 oldstate = 0;
-
-    bpf_probe_read_kernel(&oldstate, sizeof(oldstate), (void *)&sk->__sk_common.skc_state);
-    state_change(sk, oldstate, state);
+    state_change(ctx, sk, READ(sk, __sk_common.skc_state), newstate);
     return 0;
 }
 
 int kprobe_destroy(struct pt_regs *ctx, struct sock *sk)
 {
-    closed(sk);
+    closed(sk, TCP_CLOSE);
     return 0;
 }
 #else
-/* The socket, whose address begins with 0xff, and its new state. */
-static inline u64 change_of(struct bpf_raw_tracepoint_args *ctx)
+static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
 {
-    return ctx->args[0] ^ ctx->args[2] << 56;
-}
-
-int tracepoint_set_state_first(struct bpf_raw_tracepoint_args *ctx)
-{
-    first_sees(change_of(ctx));
-    state_change((struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
+    /* An event is a socket and its new state. The address of a socket begins with 0xff. */
+    if (is_mine(ctx->args[0] ^ ctx->args[2] << 56, first))
+        state_change(ctx, (struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
     return 0;
 }
 
-int tracepoint_set_state_second(struct bpf_raw_tracepoint_args *ctx)
-{
-    if (!first_has_seen(change_of(ctx)))
-        state_change((struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
-    return 0;
-}
+int tracepoint_set_state_first(struct bpf_raw_tracepoint_args *ctx) { return set_state(ctx, true); }
+int tracepoint_set_state_second(struct bpf_raw_tracepoint_args *ctx) { return set_state(ctx, false); }
 
 /* For what was accepted while its last state change was under way on another CPU. */
 int tracepoint_destroy(struct bpf_raw_tracepoint_args *ctx)
 {
-    closed((struct sock *)ctx->args[0]);
+    closed((struct sock *)ctx->args[0], TCP_CLOSE);
     return 0;
 }
 #endif
 
-/* What comes later with this PID is another process. */
-static inline void exited(void)
+/* At the exit of each thread. What comes later with this PID is another process. */
+int exited(void *ctx)
 {
     struct task_struct *task = (struct task_struct *)bpf_get_current_task();
-    struct signal_struct *signal = NULL;
-    int zero = 0, live = 0;
+    int zero = 0;
     u8 one = 1;
 
-    if (bpf_get_current_pid_tgid() >> 32 != FILTER_PID)
-        return;
-    /* not &task->signal: LLVM 11 gets that wrong by 16 bytes */
-    bpf_probe_read_kernel(&signal, sizeof(signal), (void *)task + __builtin_offsetof(struct task_struct, signal));
-    bpf_probe_read_kernel(&live, sizeof(live), &signal->live);
-    if (!live)
+    if (bpf_get_current_pid_tgid() >> 32 == FILTER_PID && !READ(READ(task, signal), live.counter))
         ended.update(&zero, &one);
-}
-
-#ifdef KPROBE_STATE
-int kprobe_exit(struct pt_regs *ctx)
-{
-    exited();
     return 0;
 }
-#else
-int tracepoint_exit(struct bpf_raw_tracepoint_args *ctx)
-{
-    exited();
-    return 0;
-}
-#endif
 
-#ifdef KPROBE_ACCEPT
-/* Called in accept() with the new socket, by io_uring too. Not a return probe: those run out when many threads wait. */
+/* security_sock_graft() is called in accept() with the new socket, by io_uring too. */
 int kprobe_accept(struct pt_regs *ctx, struct sock *sk)
 {
-    accepted(sk);
+    accepted(ctx, sk);
     return 0;
 }
 
-int kretprobe_accept(struct pt_regs *ctx)
-{
-    struct sock *sk = (struct sock *)PT_REGS_RC(ctx);
-
-    if (sk)
-        accepted(sk);
-    return 0;
-}
-#else
 struct syscall_exit {
     u64 common;
     long nr, ret;
 };
 
-static inline void accept_returned(long fd)
+/* The socket behind a descriptor of the current process; NULL if it is closed already, or no socket any more. */
+static inline struct sock *socket_of(long fd)
 {
     struct task_struct *task = (struct task_struct *)bpf_get_current_task();
-    struct files_struct *files = NULL;
-    struct fdtable *fdt = NULL;
-    struct file **fds = NULL, *file = NULL;
-    struct socket *socket = NULL;
-    struct sock *sk = NULL;
+    struct file **files, *file = NULL;
+    struct socket *socket;
 
     if (fd < 0)
-        return;
-    /* not &task->files: LLVM 11 gets that wrong by 16 bytes */
-    bpf_probe_read_kernel(&files, sizeof(files), (void *)task + __builtin_offsetof(struct task_struct, files));
-    bpf_probe_read_kernel(&fdt, sizeof(fdt), &files->fdt);
-    bpf_probe_read_kernel(&fds, sizeof(fds), &fdt->fd);
-    bpf_probe_read_kernel(&file, sizeof(file), &fds[fd]);
-    bpf_probe_read_kernel(&socket, sizeof(socket), &file->private_data);
-    bpf_probe_read_kernel(&sk, sizeof(sk), &socket->sk);
+        return NULL;
+    files = READ(READ(READ(task, files), fdt), fd);
+    bpf_probe_read_kernel(&file, sizeof(file), &files[fd]);
+    socket = READ(file, private_data);
+    return file && READ(socket, file) == file ? READ(socket, sk) : NULL;
+}
+
+static inline int accept_returned(struct syscall_exit *ctx, bool first)
+{
+    struct sock *sk = is_mine(bpf_get_current_pid_tgid(), first) ? socket_of(ctx->ret) : NULL;
+
     if (sk)
-        accepted(sk);
-}
-
-int tracepoint_accept_first(struct syscall_exit *ctx)
-{
-    first_sees(bpf_get_current_pid_tgid());
-    accept_returned(ctx->ret);
+        accepted(ctx, sk);
     return 0;
 }
 
-int tracepoint_accept_second(struct syscall_exit *ctx)
-{
-    if (!first_has_seen(bpf_get_current_pid_tgid()))
-        accept_returned(ctx->ret);
-    return 0;
-}
-#endif
+int tracepoint_accept_first(struct syscall_exit *ctx) { return accept_returned(ctx, true); }
+int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(ctx, false); }
 """
 
-PROGRAM = "tcpchurn"
+BUCKET = struct.Struct("=4Q")
 
 
-# arguments
-
-def pid(text):
-    if not re.fullmatch("[0-9]{1,7}", text, re.ASCII) or not 0 < int(text) <= 1 << 22:
-        raise argparse.ArgumentTypeError("not a process ID: %r" % text)
-    return int(text)
-
-
-def seconds(text):
-    if not re.fullmatch("([0-9]{1,9}[.]?|[0-9]{0,9}[.][0-9]{1,9})", text, re.ASCII) or float(text) == 0:
-        raise argparse.ArgumentTypeError("not a number of seconds: %r" % text)
-    return float(text)
-
-
-def some_seconds(text):
-    """Numbers of seconds, as a list: the windows may come with commas, with spaces or with both."""
-    return [seconds(part) for part in text.split(",")]
+def number(low, high, kind=int):
+    """Returns a converter for argparse: a number from low to high in plain digits, as an int or a float."""
+    def number(text):
+        plain = text.isascii() and text.replace(".", "", kind is float).isdecimal()
+        if not plain or not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError("not a number from %s to %s: %r" % (low, high, text))
+        return kind(text)
+    return number
 
 
 def netns(text):
-    """Inode number of a network namespace, given as such, as a path or as a name that ip netns knows."""
-    if re.fullmatch("[0-9]{1,10}", text, re.ASCII) and 0 < int(text) < 1 << 32:
-        return int(text)
-    ns_get_nstype, clone_newnet = 0xb703, 0x40000000        # include/uapi/linux/nsfs.h, sched.h
-    try:
-        with open(text if "/" in text else os.path.join("/run/netns", text), "rb") as namespace:
-            if fcntl.ioctl(namespace, ns_get_nstype) == clone_newnet:
-                return os.fstat(namespace.fileno()).st_ino
-    except (OSError, ValueError):
-        pass
+    """Returns the inode number of a network namespace, given as such, as a path or as a name from `ip netns list`."""
+    if text.isdecimal():
+        return number(1, 0xffffffff)(text)
+    path = text if "/" in text else "/run/netns/" + text
+    with contextlib.suppress(OSError), open(path, opener=lambda name, how: os.open(name, how | os.O_NONBLOCK)) as file:
+        if fcntl.ioctl(file, 0xb703) == 0x40000000:         # NS_GET_NSTYPE, CLONE_NEWNET
+            return os.fstat(file.fileno()).st_ino
     raise argparse.ArgumentTypeError("not a network namespace: %r" % text)
 
 
@@ -429,378 +356,216 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         prog=PROGRAM, description="Count the TCP accepts, opens and closes of a process over sliding time windows",
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)
-    form = parser.add_mutually_exclusive_group()
-    parser.add_argument("pid", metavar="PID", nargs="?", help="the process")
+    form, add, seconds = parser.add_mutually_exclusive_group(), parser.add_argument, number(0.001, 1e9, float)
+    add("pid", metavar="PID", nargs="?", help="the process")
     form.add_argument("-c", "--clear", action="store_true", help="clear the screen before each update")
-    parser.add_argument("-p", "--ignore-private", action="store_true",
-                        help="leave out connections with private addresses")
-    parser.add_argument("-w", "--windows", metavar="SECONDS", nargs="+",
-                        help="time windows, in seconds (default: %s)" % ",".join("%g" % w for w in WINDOWS))
-    parser.add_argument("-i", "--interval", metavar="SECONDS", type=seconds, default=1.0,
-                        help="time between two updates (default: 1)")
-    parser.add_argument("-a", "--accepts", action="store_true", help="count accepts (A) and opens (O) apart")
-    form.add_argument("--json", action="store_true", help="one JSON object an update")
-    parser.add_argument("--netns", type=netns, help="count in this network namespace only: inode number, path or name")
-    parser.add_argument("--duration", metavar="SECONDS", type=seconds, help="end after this time")
-    parser.add_argument("--probes", choices=("tracepoint", "kprobe"),
-                        help="use this kind of probe where there is a choice (default: tracepoints, and "
-                             "kprobes for what has none)")
+    add("-p", "--ignore-private", action="store_true", help="leave out connections with private addresses")
+    add("-w", "--windows", metavar="SECONDS", nargs="+", action="extend",
+        help="time windows, in seconds (default: %s)" % ",".join("%g" % window for window in WINDOWS))
+    add("-i", "--interval", metavar="SECONDS", type=seconds, default=1.0, help="time between two updates (default: 1)")
+    add("-a", "--accepts", action="store_true", help="count accepts (A) and opens (O) separately")
+    form.add_argument("--json", action="store_true", help="print one JSON object per update")
+    add("--netns", type=netns, help="count in this network namespace only: inode number, path or name")
+    add("--duration", metavar="SECONDS", type=seconds, help="exit after this many seconds")
+    add("--probes", choices=("tracepoint", "kprobe"),
+        help="use this kind of probe only (default: tracepoints, and for accept() a kprobe where there are any)")
     args = parser.parse_args(argv)
-    # "-w 1 5 10 PID": the last of them is the process
+    args.kprobes = args.probes == "kprobe" or KERNEL < (4, 17)
     if args.pid is None and args.windows and len(args.windows) > 1:
-        args.pid = args.windows.pop()
+        args.pid = args.windows.pop()           # -w 1 5 10 PID
+    if args.pid is None:
+        parser.error("the PID is missing")
     try:
-        if args.pid is None:
-            raise argparse.ArgumentTypeError("the PID is missing")
-        args.pid = pid(args.pid)
-        windows = [window for text in args.windows for window in some_seconds(text)] if args.windows else WINDOWS
-        args.windows = sorted(set(windows), reverse=True)
-        if buckets(args) > MAX_BUCKETS:
-            raise argparse.ArgumentTypeError("the windows are too long, or too far apart")
+        args.pid = number(1, 1 << 22)(args.pid)
+        windows = [seconds(part) for text in args.windows or [] for part in text.split(",")]
     except argparse.ArgumentTypeError as error:
         parser.error(str(error))
+    args.windows = sorted(set(windows or WINDOWS), reverse=True)
+    if buckets(args) > MAX_BUCKETS:
+        parser.error("the windows are too long, or too far apart")
     return args
 
 
 def bucket_ns(args):
-    """Nanoseconds a bucket: BUCKET, or a tenth of the smallest window; a millisecond at least."""
-    return max(10 ** 6, int(min(BUCKET, args.windows[-1] / 10) * 1e9))
+    """Returns the nanoseconds per bucket: BUCKET_SECONDS, or a tenth of the smallest window; at least a millisecond."""
+    return max(10 ** 6, int(min(BUCKET_SECONDS, args.windows[-1] / 10) * 1e9))
 
 
 def buckets(args):
-    """How many buckets the largest window needs: those that are full, the one that fills, and one that is just over."""
+    """Returns how many buckets the largest window needs: the full ones, one that fills, and one that is just over."""
     return math.ceil(args.windows[0] * 1e9 / bucket_ns(args)) + 2
 
 
-# loading
-
-def die(message):
-    sys.exit("%s: %s" % (PROGRAM, message))
-
-
-def kernel_version():
-    return tuple(int(n) for n in re.findall("[0-9]+", os.uname().release)[:2])
-
-
-def has_raw_tracepoint():
-    """Raw tracepoints came with 4.17, one release after sock:inet_sock_set_state."""
-    return kernel_version() >= (4, 17)
-
-
-def has_kprobes():
-    return (os.path.exists("/sys/bus/event_source/devices/kprobe") or
-            os.path.exists("/sys/kernel/debug/tracing/kprobe_events"))
-
-
-def has_preemption():
-    """Whether another process may take the CPU from a program at a system call's exit: on 7.2 it may, on 6.18 not."""
-    return kernel_version() >= (7, 0)
-
-
-def may_trace():
-    """Whether the capabilities suffice: CAP_SYS_ADMIN (21), or CAP_PERFMON (38) and CAP_BPF (39) since Linux 5.8."""
-    with open("/proc/self/status") as status:
-        caps = int(re.search("CapEff:\\s*([0-9a-f]+)", status.read()).group(1), 16)
-    return bool(caps >> 21 & 1) or caps >> 38 & 3 == 3
-
-
-def import_bcc():
-    try:
-        import bcc
-    except (ImportError, OSError):
-        for python in ("/usr/bin/python3", "/usr/local/bin/python3", "/usr/libexec/platform-python"):
-            if os.path.exists(python) and not subprocess.run([python, "-I", "-c", "import bcc"],
-                                                             stderr=subprocess.DEVNULL).returncode:
-                die("%s has no bcc module, but %s has: start it with that one" % (sys.executable, python))
-        die("the bcc module for Python is not installed: install python3-bpfcc (Debian, Ubuntu), "
-            "python3-bcc (Fedora, RHEL) or python-bcc (Arch)")
-    return bcc
-
-
-def has_kernel_headers():
-    modules = os.path.join("/lib/modules", os.uname().release)
-    return "BCC_KERNEL_SOURCE" in os.environ or any(os.path.exists(path) for path in (
-        os.path.join(modules, "build"), os.path.join(modules, "source"), "/sys/kernel/kheaders.tar.xz"))
-
-
-@contextlib.contextmanager
-def kernel_types():
-    """While this context lasts, bcc finds the kernel's types: in its BTF, or else in the installed headers."""
-    with contextlib.ExitStack() as stack:
-        try:
-            sys.dont_write_bytecode = True
-            from btfheaders import kernel_source
-            stack.enter_context(kernel_source(KERNEL_TYPES))
-        except (ImportError, OSError) as error:
-            if not has_kernel_headers():
-                die("no kernel types (%s): install linux-headers-%s (Debian, Ubuntu) or kernel-devel (Fedora, RHEL)"
-                    % (error, os.uname().release))
-        yield
-
-
-@contextlib.contextmanager
-def held_stderr():
-    """libbcc explains itself on stderr, at length: hold that back and give its last words to the exception."""
-    saved, held = os.dup(2), os.memfd_create("stderr")
-    os.dup2(held, 2)
-    try:
-        yield
-    except Exception as error:
-        os.lseek(held, 0, os.SEEK_SET)
-        words = os.read(held, 1 << 20).decode(errors="replace").split("\n")
-        said = [line.strip() for line in words if re.search("error|fail|denied|not permitted", line, re.IGNORECASE)]
-        raise RuntimeError(": ".join([str(error)] + said[:1])) from error
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(held)
-
-
-def mount_debugfs():
-    """bcc looks tracepoints up there."""
-    if not os.path.isdir("/sys/kernel/debug/tracing/events"):
-        subprocess.run(["mount", "-t", "debugfs", "debugfs", "/sys/kernel/debug"], stderr=subprocess.DEVNULL)
-
-
-def kprobe_sides(args):
-    """Which probes are kprobes, as names that the C text knows."""
-    sides = set()
-    if args.probes == "kprobe" or not has_raw_tracepoint():
-        sides.add("KPROBE_STATE")
-    if args.probes == "kprobe" or (args.probes is None and has_kprobes()):
-        sides.add("KPROBE_ACCEPT")
-    return sides
-
-
-def private_ranges():
-    """C expression that is true for an address in PRIVATE: a[4], IPv4 as ::ffff:a.b.c.d, words in host order."""
-    ranges = []
-    for name in PRIVATE:
-        network = ipaddress.ip_network(name)
+def address_condition(networks):
+    """Returns a C expression that is true for an address (4 words as sent) in these networks, or for all if none."""
+    conditions = []
+    for network in networks or []:
         if network.version == 4:
             network = ipaddress.ip_network("::ffff:%s/%d" % (network.network_address, 96 + network.prefixlen))
-        words = zip(struct.unpack(">4I", network.network_address.packed), struct.unpack(">4I", network.netmask.packed))
-        ranges.append(" && ".join("(a[%d] & %du) == %du" % (n, mask, value)
-                                  for n, (value, mask) in enumerate(words) if mask))
-    return " || ".join("(%s)" % one for one in ranges)
+        words = zip(struct.unpack("=4I", network.network_address.packed), struct.unpack("=4I", network.netmask.packed))
+        parts = ["((address)[%d] & %du) == %du" % (n, mask, value) for n, (value, mask) in enumerate(words) if mask]
+        if network.prefixlen < 96:              # IPv6, but not IPv4 in the form of IPv6
+            parts.append("!IS_IPV4(address)")
+        conditions.append("(%s)" % " && ".join(parts))
+    return " || ".join(conditions) or "true"
 
 
 def cflags(args):
-    """The arguments as macros of the C text; only numbers get there."""
+    """Returns the arguments as macros for the C text. Only numbers get there."""
     macros = {
-        "MAX_SOCKETS": MAX_SOCKETS,
-        "BUCKETS": buckets(args) + 1024,
-        "KEPT_BUCKETS": buckets(args),
+        "KPROBES": int(args.kprobes),
+        "BUCKETS": buckets(args),
+        "BUCKETS_FLAGS": 1024 if KERNEL >= (5, 5) else 0,       # BPF_F_MMAPABLE
         "BUCKET_NS": "%dull" % bucket_ns(args),
+        "MAX_SOCKETS": MAX_SOCKETS,
         "FILTER_PID": args.pid,
         "FILTER_NETNS": args.netns or 0,
         "IGNORE_PRIVATE": int(args.ignore_private),
-        "IS_PRIVATE": private_ranges(),
+        "IS_PRIVATE(address)": address_condition(map(ipaddress.ip_network, PRIVATE)),
     }
-    macros.update((side, 1) for side in kprobe_sides(args))
-    return ["-g0"] + ["-D%s=(%s)" % item for item in macros.items()]     # nobody debugs it: a tenth of the start
+    return ["-g0"] + ["-D%s=(%s)" % item for item in macros.items()]    # no debug information: starts 10 % faster
 
 
-def attach_set_state(bpf):
-    import bcc
-    tracepoint = "inet_sock_set_state"
-    bpf.attach_raw_tracepoint(tp=tracepoint, fn_name="tracepoint_set_state_first")
-    # bcc attaches but one program to a raw tracepoint
-    second = bpf.load_func("tracepoint_set_state_second", bcc.BPF.RAW_TRACEPOINT)
-    if bcc.lib.bpf_attach_raw_tracepoint(second.fd, tracepoint.encode()) < 0:
-        raise OSError("Failed to attach BPF to raw tracepoint")
+def attach_accept(bpf, args):
+    """Attaches to security_sock_graft(), or else to the exits of the system calls."""
+    if args.probes != "tracepoint":
+        try:
+            return bpf.attach_kprobe(event="security_sock_graft", fn_name="kprobe_accept")
+        except Exception:       # no kprobes, or no CONFIG_SECURITY_NETWORK
+            if args.probes == "kprobe":
+                raise
+    for fn_name in ["tracepoint_accept_first"] + ["tracepoint_accept_second"] * (KERNEL >= (7, 0)):
+        bpf.attach_tracepoint(tp="syscalls:sys_exit_accept4", fn_name=fn_name)
+        bpf.attach_tracepoint(tp="syscalls:sys_exit_accept", fn_name=fn_name)
 
 
-def attach(bpf, args):
-    sides = kprobe_sides(args)
-    if "KPROBE_STATE" in sides:
+def attach(bcc, args):
+    """Returns the BPF object, compiled, loaded and attached."""
+    bpf = bcc.BPF(text=bpf_text, cflags=cflags(args))
+    if args.kprobes:
         bpf.attach_kprobe(event="tcp_set_state", fn_name="kprobe_set_state")
         bpf.attach_kprobe(event="tcp_v4_destroy_sock", fn_name="kprobe_destroy")
-        with contextlib.suppress(Exception):    # a kernel without CONFIG_TASKSTATS: the look at /proc has to do
-            bpf.attach_kprobe(event="taskstats_exit", fn_name="kprobe_exit")
+        with contextlib.suppress(Exception):    # no CONFIG_TASKSTATS: the look at /proc has to do
+            bpf.attach_kprobe(event="taskstats_exit", fn_name="exited")
     else:
-        attach_set_state(bpf)
+        bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name="tracepoint_set_state_first")
+        second = bpf.load_func("tracepoint_set_state_second", bcc.BPF.RAW_TRACEPOINT)
+        if bcc.lib.bpf_attach_raw_tracepoint(second.fd, b"inet_sock_set_state") < 0:    # bcc itself attaches only one
+            raise OSError("a second program on a raw tracepoint is refused")
         bpf.attach_raw_tracepoint(tp="tcp_destroy_sock", fn_name="tracepoint_destroy")
-        bpf.attach_raw_tracepoint(tp="sched_process_exit", fn_name="tracepoint_exit")
-    if "KPROBE_ACCEPT" in sides:
-        try:
-            bpf.attach_kprobe(event="security_sock_graft", fn_name="kprobe_accept")
-        except Exception:       # a kernel without CONFIG_SECURITY_NETWORK
-            bpf.attach_kretprobe(event="inet_csk_accept", fn_name="kretprobe_accept")
-    else:
-        mount_debugfs()
-        for fn_name in ["tracepoint_accept_first"] + ["tracepoint_accept_second"] * has_preemption():
-            bpf.attach_tracepoint(tp="syscalls:sys_exit_accept4", fn_name=fn_name)
-            bpf.attach_tracepoint(tp="syscalls:sys_exit_accept", fn_name=fn_name)
-
-
-def let_go_of_llvm():
-    """The compiler has done its work: give back its heap, and its code, which comes from the file again if need be."""
-    libc, madv_dontneed = ctypes.CDLL(None), 4
-    if hasattr(libc, "malloc_trim"):        # glibc
-        libc.malloc_trim(0)
-    with open("/proc/self/maps") as maps:
-        for start, end in re.findall("(?m)^(\\w+)-(\\w+) r-xp .*/lib(?:LLVM|clang|bcc)", maps.read()):
-            start, end = int(start, 16), int(end, 16)
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), madv_dontneed)
-
-
-def load(args):
-    """Compile, load and attach; the BPF object."""
-    if not may_trace():
-        die("needs root, or the capabilities CAP_BPF and CAP_PERFMON")
-    bcc = import_bcc()
-    try:
-        with kernel_types(), held_stderr():
-            bpf = bcc.BPF(text=bpf_text, cflags=cflags(args))
-            attach(bpf, args)
-    except Exception as error:
-        die("cannot trace: %s" % error)
-    let_go_of_llvm()
+        bpf.attach_raw_tracepoint(tp="sched_process_exit", fn_name="exited")
+    attach_accept(bpf, args)
     return bpf
 
 
-# the process
-
-def birth_of(pid):
-    """When the process began, in clock ticks; None if there is none, or only its corpse."""
+def load(args):
+    """Returns what attach() returns, or exits with one line that says what to do."""
+    if sys.stdout is None or sys.stderr is None:        # else a BPF map would become descriptor 1 or 2
+        sys.exit("%s: standard output or standard error is closed" % PROGRAM)
     try:
-        with open("/proc/%d/stat" % pid, "rb") as stat:
-            fields = stat.read().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in b"ZX" else int(fields[19])
-
-
-def socket_inodes(pid):
-    """Inode numbers of the sockets that the process holds."""
-    inodes = set()
-    with contextlib.suppress(OSError):
-        for fd in os.scandir("/proc/%d/fd" % pid):
-            with contextlib.suppress(OSError):
-                target = os.readlink(fd.path)
-                if target.startswith("socket:["):
-                    inodes.add(int(target[8:-1]))
-    return inodes
-
-
-def diag_socket(pid):
-    """A sock_diag socket in the network namespace of the process. Raises OSError."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    with open("/proc/self/ns/net") as ours, open("/proc/%d/ns/net" % pid) as theirs:
-        if libc.setns(theirs.fileno(), 0) and os.fstat(ours.fileno()).st_ino != os.fstat(theirs.fileno()).st_ino:
-            raise OSError(ctypes.get_errno(), "setns")
-        try:
-            return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4)         # NETLINK_SOCK_DIAG
-        finally:
-            libc.setns(ours.fileno(), 0)
-
-
-def existing_sockets(pid):
-    """(cookie, remote address) of each TCP connection that the process holds and has not ended. Raises OSError.
-
-    By sock_diag(7): inet_diag_req_v2 and inet_diag_msg of include/uapi/linux/inet_diag.h.
-    """
-    failed, last, by_family, dump = 2, 3, 20, 0x301     # NLMSG_ERROR, NLMSG_DONE, SOCK_DIAG_BY_FAMILY, NLM_F_*
-    inodes = socket_inodes(pid)
-    states = sum(1 << state for state in (1, 2, 3, 8))          # ESTABLISHED, SYN_SENT, SYN_RECV, CLOSE_WAIT
-    found = []
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with diag_socket(pid) as diag:
-            request = struct.pack("=BBBBI48s", family, socket.IPPROTO_TCP, 0, 0, states, b"")
-            diag.send(struct.pack("=IHHII", 16 + len(request), by_family, dump, 0, 0) + request)
-            done = False
-            while not done:
-                answer = diag.recv(1 << 18)
-                while answer and not done:
-                    length, kind = struct.unpack_from("=IH", answer)
-                    if kind == failed:
-                        raise OSError(-struct.unpack_from("=i", answer, 16)[0], "sock_diag")
-                    done = kind == last
-                    if kind == by_family:
-                        remote, cookie, inode = struct.unpack_from("=24x16s4xQ16xI", answer, 16)[:3]
-                        if inode in inodes:
-                            found.append((cookie, ipaddress.ip_address(remote[:4 if family == socket.AF_INET else 16])))
-                    answer = answer[length + 3 & ~3:]
-    return found
-
-
-def is_private(address):
-    address = getattr(address, "ipv4_mapped", None) or address
-    return any(address in ipaddress.ip_network(network) for network in PRIVATE)
-
-
-def learn_existing(args, bpf):
-    """Tell the kernel side which connections the process has already."""
-    if args.netns and args.netns != os.stat("/proc/%d/ns/net" % args.pid).st_ino:
-        return
-    table = bpf["existing"]
-    for cookie, remote in existing_sockets(args.pid):
-        if not (args.ignore_private and is_private(remote)):
-            table[table.Key(cookie)] = table.Leaf(1)
-
-
-# counting
-
-class Windows:
-    """Sums over sliding windows, from the buckets of the kernel side."""
-
-    def __init__(self, args, bpf):
-        self.bpf, self.width = bpf, bucket_ns(args)
-        self.spans = [math.ceil(window * 1e9 / self.width) for window in args.windows]
-        self.size = buckets(args)
-        # What had been counted by the end of each bucket, one ring for each counter.
-        self.sums = [array.array("Q", bytes(8 * self.size)) for _ in range(3)]
-        self.last = time.monotonic_ns() // self.width
-
-    def read(self):
-        """For each of accepted, connected, closed: a list of the windows' counts, and the count of all."""
-        now, table = time.monotonic_ns() // self.width, self.bpf["buckets"]
-        # The two that were the newest the last time may have grown since.
-        for bucket in range(max(self.last - 1, now - self.size + 2), now + 1):
-            try:
-                counts = table[table.Key(bucket)].count
-            except KeyError:
-                counts = 0, 0, 0
-            with contextlib.suppress(KeyError):
-                del table[table.Key(bucket - self.size)]
-            for ring, count in zip(self.sums, counts):
-                ring[bucket % self.size] = ring[(bucket - 1) % self.size] + count
-        self.last = now
-        windows = [[ring[now % self.size] - ring[(now - span - 1) % self.size] for span in self.spans]
-                   for ring in self.sums]
-        return windows, [self.bpf["total"][n].value for n in range(3)]
+        import bcc
+        return compiled(KERNEL_TYPES, lambda: attach(bcc, args))
+    except ImportError as error:
+        sys.exit("%s: %s: %s has no bcc: install python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora)"
+                 % (PROGRAM, error, sys.executable))
+    except Exception as error:
+        hint = ": needs root, or the capabilities that the manual page names" if os.geteuid() else ""
+        sys.exit("%s: cannot trace: %s%s" % (PROGRAM, error, hint))
 
 
 def losses(bpf):
-    """How often each kind of loss has happened since the start, as {what: count}."""
-    missed = 0
+    """Returns {what was lost: how often since the start}."""
+    *counts, rescued = (count.value for count in bpf["lost"].values())
+    skipped = 0                 # how often a program was not run because it was running already (since Linux 5.12)
     for name, function in bpf.funcs.items():
-        if name.endswith(b"_second") or name == b"tracepoint_destroy":
-            continue        # what only these were skipped for is not lost
-        with open("/proc/self/fdinfo/%d" % function.fd) as info:        # the line exists since Linux 5.12
-            missed += sum(int(n) for n in re.findall("recursion_misses:\\s*([0-9]+)", info.read()))
-    return {"closes lost: the map of live connections was full": bpf["lost"][0].value,
-            "counts missing in the windows: the map of buckets was full": bpf["lost"][1].value,
-            "state changes or accepts lost: the kernel did not run the probe": missed - bpf["lost"][2].value}
+        if not name.endswith((b"_second", b"_destroy")):        # what these are skipped for is not lost
+            with open("/proc/self/fdinfo/%d" % function.fd) as info:
+                skipped += sum(int(n) for n in re.findall(r"recursion_misses:\s*(\d+)", info.read()))
+    return dict(zip(LOSSES, [*counts, skipped - rescued]))
 
 
-# output
+def birth_of(pid):
+    """Returns when the process started, in clock ticks; None if it has ended."""
+    try:
+        with open("/proc/%d/stat" % pid, "rb") as stat:
+            fields = stat.read().rpartition(b")")[2].split()
+        # The first thread may have ended before the others: then it is a zombie as well.
+        has_ended = fields[0] in b"ZX" and len(os.listdir("/proc/%d/task" % pid)) < 2
+    except OSError:
+        return None
+    return None if has_ended else int(fields[19])
+
+
+def socket_inodes(pid):
+    """Returns the inode numbers of the sockets that the process holds, of any kind."""
+    inodes = set()
+    with contextlib.suppress(OSError):
+        for task in os.listdir("/proc/%s/task" % pid):          # a first thread that has ended shows no descriptors
+            for fd in os.scandir("/proc/%s/task/%s/fd" % (pid, task)):
+                with contextlib.suppress(OSError):
+                    target = os.readlink(fd.path)
+                    if target.startswith("socket:["):
+                        inodes.add(int(target[8:-1]))
+            if inodes:
+                break           # the other threads have the same descriptors
+    return inodes
+
+
+def learn_existing(args, bpf):
+    """Tells the kernel side which sockets the process has already."""
+    table = bpf["existing"]
+    for inode in socket_inodes(args.pid):
+        table[table.Key(inode)] = table.Leaf(1)
+
+
+class Windows:
+    """Counts over sliding windows, from the buckets of the kernel side."""
+
+    def __init__(self, args, bpf):
+        self.size, self.width = buckets(args), bucket_ns(args)
+        self.spans = [math.ceil(window * 1e9 / self.width) for window in args.windows]
+        self.history = []       # the buckets that had events, the oldest first
+        if KERNEL >= (5, 5):
+            memory = mmap.mmap(bpf["buckets"].map_fd, (self.size + 1) * BUCKET.size, prot=mmap.PROT_READ)
+            self.bucket = lambda slot: BUCKET.unpack_from(memory, slot * BUCKET.size)
+        else:
+            self.bucket = lambda slot: BUCKET.unpack(bytes(bpf["buckets"][slot]))
+        self.next = 0           # number of the bucket to look at next
+
+    def read(self):
+        """Returns what was counted, as (accepted, connected, closed), in each of the windows, and in all."""
+        now = time.monotonic_ns() // self.width
+        for number in range(max(self.next, now - self.size + 1), now + 1):
+            bucket = self.bucket(number % self.size)
+            if bucket[0] == number:
+                self.history.append(bucket)
+                self.next = number + 1
+        self.next = max(self.next, now - 1)     # these two may get their first event only now
+        del self.history[:bisect.bisect(self.history, (now - self.size + 1,))]
+        so_far = self.bucket(self.size)
+        counts = []
+        for span in self.spans:
+            first = bisect.bisect(self.history, (now - span,))
+            before = self.history[first] if first < len(self.history) else so_far
+            counts.append([all - earlier for all, earlier in zip(so_far[1:], before[1:])])
+        return counts, so_far[1:]
+
 
 def heading(window):
-    return "%8.1f" % window if round(window, 1) == window else "%8g" % window
+    return "%8.1f" % window if round(window, 1) == window else " %7.5g" % window
 
 
 def render(args, windows, totals):
-    """Whole lines for one update; windows and totals as Windows.read() gives them."""
-    (accepted, connected, closed), (all_accepted, all_connected, all_closed) = windows, totals
+    """Returns whole lines for one update, from what Windows.read() returns."""
+    accepted, connected, closed = zip(*windows)
+    all_accepted, all_connected, all_closed = totals
     opened, all_opened = [a + c for a, c in zip(accepted, connected)], all_accepted + all_connected
     if args.json:
         return json.dumps({
             "ts": time.time(), "pid": args.pid, "windows": args.windows, "opened": opened, "accepted": accepted,
             "connected": connected, "closed": closed,
             "all": {"opened": all_opened, "accepted": all_accepted, "connected": all_connected, "closed": all_closed},
-        }) + "\n"
+        }, separators=(",", ":")) + "\n"
     rows = [("O", opened, all_opened), ("C", closed, all_closed)]
     if args.accepts:
         rows[:1] = [("A", accepted, all_accepted), ("O", connected, all_connected)]
@@ -810,45 +575,37 @@ def render(args, windows, totals):
 
 
 def write(text):
-    """Print all of it now. Raises KeyboardInterrupt if a signal comes while the reader of the output stands still."""
-    data = memoryview(text.encode("ascii"))
+    """Prints all of it now, or what is read of it until the tool is to stop and nobody has read for a second."""
+    data = memoryview(text.encode())
     while data:
-        if select.select([], [1], [], INTERVAL)[1]:
-            data = data[os.write(1, data[:select.PIPE_BUF]):]       # so much fits, and does not block
+        if select.select([], [1], [], 1)[1]:
+            data = data[os.write(1, data[:select.PIPE_BUF]):]       # so much never blocks
         elif signal.sigpending() & STOP_SIGNALS:
-            raise KeyboardInterrupt
+            return print("%s: the output was not read to its end" % PROGRAM, file=sys.stderr)
 
 
-def stop_asked():
-    """Whether a signal has come that ends the tool."""
-    # Not sigtimedwait() with a time: in CPython, it returns nonsense if SIGSTOP and SIGCONT have outlasted that.
-    return signal.sigpending() & STOP_SIGNALS and signal.sigtimedwait(STOP_SIGNALS, 0)
-
-
-def report(lost, told, form="%s: %d %s"):
-    """Tell on stderr what has been lost and not been told; what has been told now."""
+def report(lost, reported, form="%s: %d %s"):
+    """Prints the losses that have not been reported yet. Returns what is reported now."""
     for what, count in lost.items():
-        if count > told.get(what, 0):
-            print(form % (PROGRAM, count - told.get(what, 0), what), file=sys.stderr, flush=True)
+        if count > reported.get(what, 0):
+            print(form % (PROGRAM, count - reported.get(what, 0), what), file=sys.stderr, flush=True)
     return lost
 
 
 def trace(args, bpf, birth):
-    """Print updates until a signal comes, the time is over, the process has ended or nobody reads any more."""
-    windows, told = Windows(args, bpf), {}
-    began = time.monotonic()
-    end, due = began + (args.duration or math.inf), began + args.interval
-    hangup = select.poll()
-    hangup.register(1, 0)
+    """Prints updates until a signal comes, the time is over, or the process or the reader of the output has gone."""
+    windows, reader, reported, due = Windows(args, bpf), select.poll(), {}, time.monotonic() + args.interval
+    reader.register(1, 0)
+    signal.setitimer(signal.ITIMER_REAL, args.duration or 0)
     stop = gone = False
     while not stop:
-        time.sleep(max(0, min(INTERVAL, end - time.monotonic(), due - time.monotonic())))
+        time.sleep(max(0, min(INTERVAL, due - time.monotonic())))
         gone = birth_of(args.pid) != birth
-        stop = stop_asked() or time.monotonic() >= end or hangup.poll(0) or gone
+        stop = gone or signal.sigpending() & STOP_SIGNALS or reader.poll(0)
         if stop or time.monotonic() >= due:
             due = max(due + args.interval, time.monotonic())
             write(render(args, *windows.read()))
-            told = report(losses(bpf), told)
+            reported = report(losses(bpf), reported)
     if gone:
         print("%s: process %d has ended" % (PROGRAM, args.pid), file=sys.stderr)
     report(losses(bpf), {}, "%s: in all %d %s")
@@ -856,24 +613,17 @@ def trace(args, bpf, birth):
 
 def main():
     args = parse_args()
-    if sys.stdout is None or sys.stderr is None:        # their numbers would be given to a map
-        die("standard output or standard error is closed")
     birth = birth_of(args.pid)
     if birth is None:
-        die("no such process: %d" % args.pid)
+        sys.exit("%s: no such process: %d" % (PROGRAM, args.pid))
     bpf = load(args)
-    try:
-        learn_existing(args, bpf)
-    except OSError as error:
-        print("%s: connections from before are not known: %s" % (PROGRAM, error.strerror), file=sys.stderr)
+    learn_existing(args, bpf)
     try:
         trace(args, bpf, birth)
     except BrokenPipeError:
         pass
-    except KeyboardInterrupt:
-        print("%s: the output was not read to its end" % PROGRAM, file=sys.stderr)
     except OSError as error:
-        die("cannot write the output: %s" % error.strerror)
+        sys.exit("%s: cannot write the output: %s" % (PROGRAM, error.strerror))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 #!/usr/bin/python3
 """What tracing costs: each tool beside the same load untraced, and beside its peers where they are installed.
 
-usage: bench.py [-n PAIRS] [-c CONNECTIONS] [TOOL ...]
+usage: bench.py [-n PAIRS] [-c CONNECTIONS] [--tools DIR] [--beside DIR] [TOOL ...]
 
 For each tool, PAIRS times: the load (churn.c, two client threads, as fast as it goes) untraced, traced, and untraced
-again. One more run with BPF statistics on gives the time in the kernel; they slow every run, so it is not timed. One
-more at 1,000 connections a second gives the CPU that the tool takes then.
+again. The tool of another checkout (--beside) and the peers take turns with it. One more run with BPF statistics on
+gives the time in the kernel; they slow every run, so it is not timed. One more at 1,000 connections a second gives the
+CPU that the tool takes then.
 
     kept   load while traced / mean of the load before and after, median of the pairs, and their range
-    peer   kept of this house's tool / kept of this one
+    peer   kept of our tool / kept of this one
     ns     BPF run time of all the tool's programs a connection
     each   BPF run time of the program that runs most often, each time, in ns
     us     CPU time of the tool a line, without its start, in microseconds
@@ -34,11 +35,13 @@ TREE = pathlib.Path(tempfile.gettempdir()) / "tcp-tracers-tree"
 # name: (command, lines a connection or None, peers that do the same)
 TOOLS = {
     "tcplife": (["tcplife"], 2, {"libbpf-tools": ["/usr/sbin/tcplife"], "bpfcc-tools": ["/usr/sbin/tcplife-bpfcc"]}),
+    "tcplife --json": (["tcplife", "--json"], 2, {}),
     "tcplife --owner close": (["tcplife", "--owner", "close"], 2, {}),
     "tcpaccept": (["tcpaccept"], 1, {"bpfcc-tools": ["/usr/sbin/tcpaccept-bpfcc"]}),
     "tcpv4connect": (["tcpv4connect"], 1, {"bpfcc-tools": ["/usr/sbin/tcpconnect-bpfcc", "-4"]}),
     "tcpchurn": (["tcpchurn", str(os.getpid())], None, {}),
     "deeptcptracer": (["deeptcptracer"], None, {}),
+    "deeptcptracer --json": (["deeptcptracer", "--json"], None, {}),
     "deeptcptracer -e tcp_set_state": (["deeptcptracer", "-e", "tcp_set_state"], None, {
         "libbpf-tools tcpstates": ["/usr/sbin/tcpstates"], "bpfcc-tools tcpstates": ["/usr/sbin/tcpstates-bpfcc"]}),
 }
@@ -128,18 +131,31 @@ def at_a_thousand(command):
     return percent
 
 
-def measure(command, lines, pairs, connections, ours=None):
-    """The row of the table, and the part of the load that was kept. ours: that of this house's tool."""
-    probe = Traced(command)
-    if probe.process.poll() is not None:
-        return "does not run here", None
-    probe.end()
-    kept, cpu, rss, start, printed = zip(*(pair(command, connections) for _ in range(pairs)))
-    median = statistics.median(kept)
-    lost = "%.1f%%" % (100 - 100 * sum(printed) / (pairs * 2 * connections * lines)) if lines else "-"
-    return "%5.2f %5.2f-%4.2f %5.2f %6.0f %5.0f %5.1f %5.1f %4.0f %5.2f %6s" % (
-        median, min(kept), max(kept), (ours or median) / median, *in_kernel(command, connections),
-        statistics.median(cpu), at_a_thousand(command), max(rss), statistics.median(start), lost), median
+def runs(command):
+    traced = Traced(command)
+    alive = traced.process.poll() is None
+    traced.end()
+    return alive
+
+
+def measure(commands, lines, pairs, connections):
+    """Print a row for each of these, which are measured in turn. commands: {name: command}, our tool first."""
+    samples = {name: [] for name, command in commands.items() if runs(command)}
+    for _ in range(pairs):
+        for name in samples:
+            samples[name].append(pair(commands[name], connections))
+    ours = None
+    for name, command in commands.items():
+        if name not in samples:
+            print("%-32s does not run here" % name, flush=True)
+            continue
+        kept, cpu, rss, start, printed = zip(*samples[name])
+        median = statistics.median(kept)
+        ours = ours or median
+        lost = "%.1f%%" % (100 - 100 * sum(printed) / (pairs * 2 * connections * lines)) if lines else "-"
+        print("%-32s %5.2f %5.2f-%4.2f %5.2f %6.0f %5.0f %5.1f %5.1f %4.0f %5.2f %6s" % (
+            name, median, min(kept), max(kept), ours / median, *in_kernel(command, connections),
+            statistics.median(cpu), at_a_thousand(command), max(rss), statistics.median(start), lost), flush=True)
 
 
 def syscall():
@@ -156,6 +172,9 @@ def main():
     parser = argparse.ArgumentParser(description="What tracing costs.")
     parser.add_argument("-n", "--pairs", type=int, default=5)
     parser.add_argument("-c", "--connections", type=int, default=20000, help="of each of the two client threads")
+    parser.add_argument("-t", "--tools", dest="folder", metavar="DIR", default=str(live.ROOT),
+                        help="where the tools stand (default: this repository)")
+    parser.add_argument("-b", "--beside", metavar="DIR", help="measure these tools in turn with them")
     parser.add_argument("tools", nargs="*", default=list(TOOLS), metavar="TOOL")
     args = parser.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)    # a background job ignores it, and so would the tools
@@ -166,16 +185,14 @@ def main():
     print(HEADING)
     load(args.connections)
     for name in args.tools:
-        command, lines, peers = TOOLS[name]
-        ours = [live.PYTHON, str(live.ROOT / (command[0] + ".py")), *command[1:]]
-        row, kept = measure(ours, lines, args.pairs, args.connections)
-        print("%-32s %s" % (name, row), flush=True)
-        for peer, command in peers.items():
-            if os.path.exists(command[0]):
-                row, _ = measure(command, lines, args.pairs, args.connections, kept)
-                print("%-32s %s" % ("  " + peer, row), flush=True)
+        (tool, *options), lines, peers = TOOLS[name]
+        folders = {name: args.folder, "  beside": args.beside}
+        commands = {row: [live.PYTHON, os.path.join(folder, tool + ".py"), *options]
+                    for row, folder in folders.items() if folder}
+        commands.update(("  " + peer, command) for peer, command in peers.items() if os.path.exists(command[0]))
+        measure(commands, lines, args.pairs, args.connections)
     untraced = syscall()
-    traced = Traced([live.PYTHON, str(live.ROOT / "tcpaccept.py")])
+    traced = Traced([live.PYTHON, os.path.join(args.folder, "tcpaccept.py")])
     print("a system call costs %.0f ns more while tcpaccept traces" % (syscall() - untraced))
     traced.end()
 

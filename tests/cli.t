@@ -1,6 +1,8 @@
 #!/bin/sh
-# The tools as commands: arguments, failures, signals, surroundings.
-# shellcheck source=tests/tap.sh disable=SC2016,SC2145,SC2312
+# The tools as commands: failures, signals, surroundings. What they refuse as arguments: unit_arguments.py.
+#
+# usage: cli.t [TOOL ...]
+# shellcheck source=tests/tap.sh disable=SC2016,SC2031,SC2145,SC2312
 . "$(dirname "$0")/tap.sh"
 
 # exits STATUS PATTERN COMMAND...: that exit status, and all of stderr is one line that matches (or argparse's usage)
@@ -32,101 +34,124 @@ closed_stdout() {
 }
 
 no_bcc() {
-    mkdir -p "$tmp/none" && echo 'raise ImportError' >"$tmp/none/bcc.py"
+    mkdir "$tmp/none" && echo 'raise ImportError' >"$tmp/none/bcc.py"
     exits 1 'bcc' env PYTHONPATH="$tmp/none" "./$@"
 }
 
 unprivileged() {
-    cp ./*.py "$tmp" && chmod 755 "$tmp"
+    cp ./*.py "$tmp"
     tool=$1
     shift
     exits 1 'needs root' setpriv --reuid 65534 --regid 65534 --clear-groups "$python" "$tmp/$tool.py" "$@"
 }
 
-alone() {
+alone() {       # it is any bcc program then: where there are no headers, libbcc may say so at length
     tool=$1
     shift
-    mkdir -p "$tmp/alone" && cp "$tool.py" "$tmp/alone"
+    cp "$tool.py" "$tmp"
     if [ -e "/lib/modules/$(uname -r)/build" ]; then
-        exits 0 '' "$tmp/alone/$tool.py" --duration 0.3 "$@"
+        exits 0 '' "$tmp/$tool.py" --duration 0.3 "$@"
     else
-        exits 1 'linux-headers' "$tmp/alone/$tool.py" --duration 0.3 "$@"
+        "$tmp/$tool.py" --duration 0.3 "$@" >"$tmp/out" 2>&1
+        [ $? = 1 ] && grep "^$tool: " "$tmp/out" && ! grep Traceback "$tmp/out"
     fi
 }
 
-# A signal at any moment once Python itself has started: quiet, status 0, and nothing is left
+# signalled STATUS SIGNAL TOOL...: a signal at any moment once Python itself has started: quiet, and nothing is left
 signalled() {
-    signal=$1
+    status=$1 signal=$2
+    shift 2
+    mkdir "$tmp/empty"
+    orphans "$1" >"$tmp/before"
+    runs=
+    for delay in 0 0.1 0.2 0.3 0.5 0.7 1 1.5; do
+        signal_after $delay "$@" &
+        runs="$runs $!"
+    done
+    for run in $runs; do
+        wait "$run" || failed=yes
+    done
+    [ -z "${failed:-}" ] && nothing_left "$1"
+}
+
+signal_after() {        # signal_after DELAY TOOL...
+    delay=$1
     shift
-    in_kernel >"$tmp/before"
-    for delay in 0 0.03 0.06 0.1 0.15 0.2 0.3 0.5; do
-        "./$@" >"$tmp/out" 2>"$tmp/err" &
-        pid=$!
-        until grep -q '^SigBlk:.*4002$' "/proc/$pid/status"; do
-            sleep 0.01
-            [ -d "/proc/$pid" ] || return 1
-        done
-        sleep $delay
-        kill -s "$signal" $pid
-        wait $pid || { echo "status $?, signal after $delay s"; return 1; }
-        ! grep . "$tmp/err" || return 1
+    TMPDIR=$tmp/empty "./$@" >/dev/null 2>"$tmp/err.$delay" &
+    pid=$!
+    echo $pid >>"$tmp/pids"
+    until grep -q '^SigBlk:.*[46]002$' "/proc/$pid/status"; do      # SIGINT, SIGTERM
+        sleep 0.01
+        [ -d "/proc/$pid" ] || return 1
     done
-    nothing_left
+    sleep "$delay"
+    kill -s "$signal" $pid
+    wait $pid
+    got=$?
+    echo "status $got, signal after $delay s"
+    [ $got = "$status" ] && ! grep . "$tmp/err.$delay"
 }
 
-killed() {
-    in_kernel >"$tmp/before"
-    for delay in 0.05 0.1 0.15 0.2 0.3 0.5; do
-        timeout -s KILL $delay "./$@" >/dev/null 2>&1
-    done
-    nothing_left
-}
-
-# Programs and maps of other tools on this machine are not ours.
-in_kernel() {
-    {
-        { bpftool prog show && bpftool map show; } | sed -n 's/^\([0-9]*\): .* name \([a-z_]*\).*/\1 \2/p'
-        cat /sys/kernel/debug/tracing/kprobe_events 2>/dev/null
-    } | sort
+# Programs, maps and kprobes of this tool that no process holds. Those of other programs on this machine are not ours.
+orphans() {
+    for kind in prog map; do
+        bpftool $kind show | sed -n "s/^\([0-9]*\): .* name \([a-z_]*\).*/$kind \1 \2/p"
+    done >"$tmp/objects"
+    grep -hs '_id:' /proc/[0-9]*/fdinfo/* | sed -n 's/_id:\t/ /p' | sort -u >"$tmp/held"
+    while read -r kind id name; do
+        grep -q "$name" "$1.py" && ! grep -qx "$kind $id" "$tmp/held" && echo "$kind $id $name"
+    done <"$tmp/objects" | sort
+    [ ! -e "$tmp/pids" ] ||
+        cat /sys/kernel/tracing/kprobe_events /sys/kernel/debug/tracing/kprobe_events 2>/dev/null |
+        grep -E "_bcc_($(paste -sd '|' "$tmp/pids"))\b"
 }
 
 nothing_left() {
-    sleep 0.5
-    in_kernel >"$tmp/after"
-    ! ls -d /tmp/btfheaders-* 2>/dev/null && ! comm -13 "$tmp/before" "$tmp/after" | grep .
+    rmdir "$tmp/empty" || return 1
+    for _ in 1 2 3 4 5 6; do            # the kernel frees them a little later
+        sleep 0.3
+        orphans "$1" | comm -13 "$tmp/before" - >"$tmp/left"
+        [ -s "$tmp/left" ] || return 0
+    done
+    cat "$tmp/left"
+    return 1
 }
 
-no_tracefs() {
-    exits 0 '' unshare --mount sh -c 'umount -a -t tracefs,debugfs; "$0" "$@" --duration 0.3' "./$@"
+no_tracefs='umount -a -t tracefs,debugfs'
+
+without_tracefs() {
+    exits 0 '' unshare --mount sh -c "$no_tracefs; exec \"\$@\"" sh "./$@" --duration 0.3
 }
 
-# What accept() is seen by lies in tracefs, which is root's.
+# few_capabilities STATUS PATTERN PREPARATION TOOL...: in a mount namespace that has been prepared so
 few_capabilities() {
-    cp ./*.py "$tmp" && chmod 755 "$tmp"
-    tool=$1 caps=-all,+bpf,+perfmon
-    shift
-    [ "$tool" = tcpv4connect ] || caps=$caps,+dac_read_search
+    status=$1 pattern=$2 preparation=$3 tool=$4 caps=-all,+bpf,+perfmon
+    shift 4
+    cp ./*.py "$tmp"
+    [ "$tool" = tcpv4connect ] || caps=$caps,+dac_read_search   # accept() is seen by what lies in tracefs, root's alone
     [ "$tool" != tcpchurn ] || caps=$caps,+sys_ptrace
-    exits 0 '' setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps "$caps" --ambient-caps "$caps" \
+    exits "$status" "$pattern" unshare --mount sh -c "$preparation && exec \"\$@\"" sh \
+        setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps "$caps" --ambient-caps "$caps" \
         --bounding-set "$caps" "$python" "$tmp/$tool.py" --duration 0.3 "$@"
 }
 
 deleted_namespace() {
-    ip netns add tcpt-gone || return 1
-    (sleep 1.5; ip netns del tcpt-gone) &
-    exits 0 '' "./$@" --netns tcpt-gone --duration 2
+    namespace=tcpt-gone-$$-$1
+    ip netns add "$namespace" || return 1
+    (sleep 1.5; ip netns del "$namespace") &
+    exits 0 '' "./$@" --netns "$namespace" --duration 2
 }
 
 ten_at_once() {
-    tool=$1 pids=
-    shift
+    runs=
     for n in 0 1 2 3 4 5 6 7 8 9; do
-        exits 0 '' "./$tool" "$@" --duration 4 >"$tmp/many$n" 2>&1 &
-        pids="$pids $!"
+        timeout 60 "./$@" --duration 3 >/dev/null 2>"$tmp/err.$n" &
+        runs="$runs $!"
     done
-    for pid in $pids; do
-        wait "$pid" || { cat "$tmp"/many*; return 1; }
+    for run in $runs; do
+        wait "$run" || failed=yes
     done
+    ! cat "$tmp"/err.* | grep . && [ -z "${failed:-}" ]
 }
 
 installs() {
@@ -138,45 +163,45 @@ installs() {
         [ -z "$(find "$tmp/dest" -type f)" ]
 }
 
-if [ -r /sys/kernel/btf/vmlinux ] && [ "$(id -u)" = 0 ]; then
-    traces=yes
-else
-    traces=
-fi
-
-for tool in $(make -s tools); do
+[ $# -gt 0 ] || eval "set -- $(make -s tools)"
+for tool; do
     set --
     [ "$tool" = tcpchurn ] && set -- $$
-    check "$tool --help" exits 0 '' "./$tool" --help
-    while read -r wrong; do
-        # shellcheck disable=SC2086
-        check "$tool $wrong" exits 2 '^usage: ' "./$tool" $wrong
-    done <<EOF
-$(grep -v '^#' "tests/wrong_$tool.txt")
-EOF
-    check "$tool without bcc" no_bcc "$tool" "$@"
-    check "$tool for nobody" unprivileged "$tool" "$@"
-    if [ -z "$traces" ]; then
+    beside "$tool --help" exits 0 '' "./$tool" --help
+    beside "$tool --nosuch" exits 2 '^usage: ' "./$tool" --nosuch
+    beside "$tool without bcc" no_bcc "$tool" "$@"
+    beside "$tool for nobody" unprivileged "$tool" "$@"
+    if [ ! -r /sys/kernel/btf/vmlinux ] || [ "$(id -u)" != 0 ]; then
+        together
         skip "$tool traces" "needs root and a kernel with BTF"
         continue
     fi
-    check "$tool --duration" exits 0 '' "./$tool" --duration 0.3 "$@"
-    check "$tool by its symlink from elsewhere" exits 0 '' env -C / "$PWD/$tool" --duration 0.3 "$@"
-    check "$tool alone" alone "$tool" "$@"
-    check "$tool >/dev/full" full_disk "$tool" "$@"
-    check "$tool | head -n 1" closed_pipe "$tool" "$@"
-    check "$tool >&-" closed_stdout "$tool" "$@"
-    check "$tool and Ctrl-C" signalled INT "$tool" "$@"
-    check "$tool and SIGTERM" signalled TERM "$tool" "$@"
-    check "$tool and kill -9" killed "$tool" "$@"
-    check "$tool, ten at once" ten_at_once "$tool" "$@"
-    check "$tool where tracefs is not mounted" no_tracefs "$tool" "$@"
-    check "$tool without root, with some capabilities" few_capabilities "$tool" "$@"
-    check "$tool for a namespace that is deleted" deleted_namespace "$tool" "$@"
+    beside "$tool --duration" exits 0 '' "./$tool" --duration 0.3 "$@"
+    beside "$tool by its symlink from elsewhere" exits 0 '' env -C / "$PWD/$tool" --duration 0.3 "$@"
+    beside "$tool alone" alone "$tool" "$@"
+    beside "$tool >/dev/full" full_disk "$tool" "$@"
+    beside "$tool | head -n 1" closed_pipe "$tool" "$@"
+    beside "$tool >&-" closed_stdout "$tool" "$@"
+    together
+    beside "$tool for a namespace that is deleted" deleted_namespace "$tool" "$@"
+    beside "$tool where tracefs is not mounted" without_tracefs "$tool" "$@"
+    beside "$tool without root, with some capabilities" few_capabilities 0 '' \
+        "$no_tracefs; mount -t tracefs tracefs /sys/kernel/tracing" "$tool" "$@"
+    if [ "$tool" = tcpv4connect ]; then
+        beside "$tool with these, without tracefs" few_capabilities 0 '' "$no_tracefs" "$tool" "$@"
+    else
+        beside "$tool with these, without tracefs" few_capabilities 1 'sys.kernel' "$no_tracefs" "$tool" "$@"
+    fi
     for locale in C C.UTF-8; do
-        check "$tool in the locale $locale" exits 0 '' env -u LANG LC_ALL=$locale "./$tool" --duration 0.3 "$@"
+        beside "$tool in the locale $locale" exits 0 '' env -u LANG LC_ALL=$locale "./$tool" --duration 0.3 "$@"
     done
-    check "$tool in 40 columns" exits 0 '' env COLUMNS=40 "./$tool" --duration 0.3 "$@"
-    check "$tool installed" installs "$tool" "$@"
+    beside "$tool in 40 columns" exits 0 '' env COLUMNS=40 "./$tool" --duration 0.3 "$@"
+    beside "$tool installed" installs "$tool" "$@"
+    together
+    beside "$tool and Ctrl-C" signalled 0 INT "$tool" "$@"
+    beside "$tool and SIGTERM" signalled 0 TERM "$tool" "$@"
+    beside "$tool and kill -9" signalled 137 KILL "$tool" "$@"
+    together
+    check "$tool, ten at once" ten_at_once "$tool" "$@"
 done
 plan

@@ -2,12 +2,13 @@
 # Each tool in turn, on connections that are made here over loopback; ends by itself after some seconds.
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-/usr/bin/python3}
+failed=$(mktemp) && trap 'rm -f "$failed"' EXIT
 
 show() {        # show TOOL [OPTION...]: its first lines while connections come and go
     printf '\n# ./%s\n' "$*"
     tool=$1
     shift
-    "$python" "./$tool.py" --duration 3 "$@" | head -n 16 &
+    { "$python" "./$tool.py" --duration 3 "$@" || echo "$tool" >>"$failed"; } | head -n 16 &
     tracer=$!
     sleep 1
     "$python" tests/workload.py client_close server_reset refused >/dev/null
@@ -30,3 +31,4 @@ for _ in range(5):
 ' &
 show tcpchurn -w 1 2 5 -- $!
 wait
+! sed 's/$/ has failed/' "$failed" | grep . >&2

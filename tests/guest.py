@@ -29,12 +29,12 @@ import test_tcpv4connect
 import workload
 
 TOOLS = ["tcplife", "tcpaccept", "tcpv4connect", "tcpchurn", "deeptcptracer"]
-# name: (types from, probes, buffer, options, what the tool is told of the kernel)
+# name: (types from, probes, buffer, options, what the tool takes the kernel for)
 MODES = {
     "default": ("BTF", "default", "ring", [], {}),
     "kprobe": ("BTF", "kprobe", "ring", ["--probes", "kprobe"], {}),
     "alone": ("headers", "tracepoint", "ring", ["--probes", "tracepoint"], {}),
-    "old": ("headers", "kprobe", "perf", [], {"has_ring_buffer": False, "has_raw_tracepoint": False}),
+    "old": ("headers", "kprobe", "perf", [], {"RING_PAGES": 0, "KERNEL": (4, 16)}),
     "none": ("none", "default", "ring", [], {}),
 }
 ROW = "%-18s %-7s %-7s %-8s %-10s %-6s %s"
@@ -118,7 +118,7 @@ def trace(options, pretend):
         life.end()
         time.sleep(1.2)         # an update of tcpchurn
     life.close()
-    kprobes = "kprobe" in options or "has_raw_tracepoint" in pretend
+    kprobes = "kprobe" in options or bool(pretend)
     missing, wrong = differences(options, kprobes, log, life, expected, tracers)
     texts, losses = [], collections.Counter()
     for tool, tracer in zip(TOOLS, tracers):

@@ -1,6 +1,6 @@
 #!/bin/sh
 # What can be said of the files without running them.
-# shellcheck source=tests/tap.sh
+# shellcheck source=tests/tap.sh disable=SC2031
 . "$(dirname "$0")/tap.sh"
 
 short_lines() {
@@ -25,6 +25,11 @@ help_in_example() {     # the file ends with it, whatever this version of argpar
         diff "$tmp/help" -
 }
 
+no_large_file() {       # 500 kB, in what might be committed
+    ! find . \( -name .git -o -name .venv -o -name build -o -name __pycache__ \) -prune -o \
+        -type f -size +500000c -print | grep .
+}
+
 mandoc_clean() {
     mandoc -T lint -W warning "$1"
 }
@@ -33,6 +38,9 @@ check "ruff" .venv/bin/ruff check --quiet .
 check "Python 3.9 syntax" runs_on_39
 check "shellcheck" shellcheck -x tests/*.sh tests/*.t .ci/run
 check "no line over 120 columns" short_lines
+check "no file over 500 kB" no_large_file
+# shellcheck disable=SC2046     # one word a tool
+check "a function has the same text in all tools" "$python" tests/same.py $(make -s tools | sed 's/\>/.py/g')
 for tool in $(make -s tools); do
     check "$tool: the man page is sound" mandoc_clean "man/man8/$tool.8"
     check "$tool: every option is in the man page and in the example file" options_documented "$tool"

@@ -1,5 +1,6 @@
 """Start a tool on the real kernel, and stop it: what the live tests share."""
 import collections
+import contextlib
 import functools
 import json
 import os
@@ -22,14 +23,15 @@ WHY_NOT = "needs root and a kernel with BTF"
 START = 30 * SLOW       # seconds a tool may take until it traces
 
 
-# Runs a tool with other values for some of its constants and functions.
+# Runs a tool with other values for some of its constants.
 PRETEND = """
 import signal
 import sys
 sys.path.insert(0, {tools!r})
 import {tool}
-for name, value in {pretend!r}.items():
-    setattr({tool}, name, value if name.isupper() else lambda value=value: value)
+for constant in {pretend!r}.items():
+    setattr({tool}, *constant)
+{before}
 signal.pthread_sigmask(signal.SIG_BLOCK, {tool}.STOP_SIGNALS)
 {tool}.main()
 """
@@ -38,19 +40,19 @@ signal.pthread_sigmask(signal.SIG_BLOCK, {tool}.STOP_SIGNALS)
 class Tracer:
     """A tool that is tracing from the moment the context is entered. Afterwards: lines, stderr and status.
 
-    pretend: constants of the tool, and functions without arguments, with the values they are to have.
+    pretend: constants of the tool, with the values they are to have. before: code that runs before the tool's main().
     """
 
-    def __init__(self, tool, *args, check=True, pretend=None):
+    def __init__(self, tool, *args, check=True, pretend=None, before=""):
         path = [os.path.join(TOOLS, tool + ".py")]
-        if pretend:
-            path = ["-c", PRETEND.format(tool=tool, tools=TOOLS, pretend=pretend)]
+        if pretend or before:
+            path = ["-c", PRETEND.format(tool=tool, tools=TOOLS, pretend=pretend or {}, before=before)]
         self.command = [PYTHON, *path, *map(str, args), *OPTIONS]
         self.check = check
         self.process = None
 
     def start(self):
-        """Only that: several start in less time side by side."""
+        """Start without waiting: see tracing()."""
         self.out, self.err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(self.command, stdout=self.out, stderr=self.err)
 
@@ -94,7 +96,54 @@ class Tracer:
 
     @property
     def objects(self):
-        return [json.loads(line) for line in self.lines]
+        return [strict_json(line) for line in self.lines]
+
+
+@contextlib.contextmanager
+def tracing(*tracers):
+    """All of these are tracing while the context lasts. They start side by side and end side by side."""
+    with contextlib.ExitStack() as stack:
+        for tracer in tracers:
+            tracer.start()
+            stack.callback(tracer.process.kill)         # if another one fails
+        for tracer in tracers:
+            stack.enter_context(tracer)
+        yield
+        time.sleep(0.05)
+        for tracer in tracers:
+            tracer.process.send_signal(signal.SIGINT)
+
+
+def strict_json(line):
+    """The object on this line, which any reader has to accept: RFC 8259, I-JSON (RFC 7493), and no spaces."""
+    def unique(pairs):
+        assert len(dict(pairs)) == len(pairs), "a name comes twice in %s" % line
+        return dict(pairs)
+
+    def refuse(constant):
+        raise AssertionError("%s in %s" % (constant, line))
+    value = json.loads(line, object_pairs_hook=unique, parse_constant=refuse)
+    json.dumps(value, ensure_ascii=False).encode()      # raises UnicodeEncodeError for a lone surrogate
+    assert " " not in re.sub(r'"(\\.|[^"\\])*"', "", line), line
+    return value
+
+
+def comm(line):
+    """The bytes of a process's name, from an object of JSON."""
+    return bytes.fromhex(line["comm_hex"]) if "comm_hex" in line else line["comm"].encode()
+
+
+def every(_record):
+    return True
+
+
+def ours(log, lines, connection):
+    """The lines of a workload: of its connections, whoever is named there, and of its processes.
+
+    connection: a function that returns the key of a connection, for a record of the log as for a line.
+    """
+    connections, processes = set(map(connection, log)), {(record["pid"], record["comm"]) for record in log}
+    return [line for line in lines if connection(line) in connections or (line["pid"], line["comm"]) in processes]
 
 
 def told(tracer):
@@ -126,7 +175,7 @@ class Unseen:
     A state change that a timer makes then is visible in ftrace only. Elsewhere count is 0.
     """
 
-    instance = "/sys/kernel/tracing/instances/tcp-tracers-test"
+    instance = "/sys/kernel/tracing/instances/tcp-tracers-test-%d" % os.getpid()
     change = re.compile(r" ([0-9.]+): inet_sock_set_state: .* sport=(\d+) dport=(\d+) .* newstate=TCP_(\w+)")
 
     def __init__(self, tracer):
@@ -194,11 +243,10 @@ def by_timer(test):
 class Namespaces:
     """Two network namespaces with a veth pair between them; names and the server's addresses."""
 
-    client, server = "tcpt-client", "tcpt-server"
+    client, server = ("tcpt-%s-%d" % (side, os.getpid()) for side in ("client", "server"))
     hosts = "10.77.0.2", "fd77::2"
 
     def __enter__(self):
-        self.__exit__()
         for command in (
                 "netns add %s" % self.client, "netns add %s" % self.server,
                 "-n %s link add veth0 type veth peer name veth0 netns %s" % (self.client, self.server),

@@ -1,5 +1,7 @@
 #!/bin/sh
 # The tools on real connections of known processes.
+#
+# usage: live.t NAME ...       (test_tcplife, load_many, ...)
 cd "$(dirname "$0")" || exit 1
 export PYTHONPATH=..:. PYTHONDONTWRITEBYTECODE=1
-exec "${PYTHON:-/usr/bin/python3}" -W ignore -m tap discover -s . -p 'test_*.py'
+exec "${PYTHON:-/usr/bin/python3}" -W ignore -m tap "$@"

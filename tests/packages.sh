@@ -7,33 +7,35 @@ set -eu
 
 install() {     # install COMMAND... with the packages of the chosen kind
     case $kind in
-    demo) "$@" $demo ;;
-    test) "$@" $demo $test ;;
-    kernels) "$@" ${kernels:?the kernels come from Debian: not known how to get mmdebstrap here} ;;
+    demo) list=$demo ;;
+    test) list="$demo $test" ;;
+    kernels) list=${kernels:?the kernels come from Debian: not known how to get mmdebstrap here} ;;
     esac
+    echo "packages.sh: installing $list" >&2
+    "$@" $list >/dev/null
 }
 
 kind=${1:?}
 if command -v apt-get >/dev/null; then
     demo='python3-bpfcc iproute2'
-    test='python3-tap python3-venv perl shellcheck mandoc gcc libc6-dev procps bsdextrautils bpftool'
+    test='python3-tap python3-venv perl shellcheck mandoc gcc libc6-dev procps bsdextrautils bpftool mount jq'
     kernels='qemu-system-x86 mmdebstrap busybox-static cpio kmod xz-utils zstd'
     apt-get update -qq
     export DEBIAN_FRONTEND=noninteractive
     install apt-get install -y -qq --no-install-recommends
 elif command -v dnf >/dev/null; then
     demo='python3-bcc iproute'
-    test='perl-Test-Harness ShellCheck mandoc gcc glibc-devel procps-ng util-linux bpftool python3-pip'
+    test='perl-Test-Harness ShellCheck mandoc gcc glibc-devel procps-ng util-linux bpftool jq python3-pip'
     install dnf install -y -q
     [ "$kind" != test ] || python3 -m pip install -q tap.py
 elif command -v pacman >/dev/null; then
     demo='python-bcc iproute2'
-    test='perl shellcheck mandoc gcc procps-ng util-linux bpf python-pip'
+    test='perl shellcheck mandoc gcc procps-ng util-linux bpf jq python-pip'
     install pacman -S --needed --noconfirm --quiet
     [ "$kind" != test ] || python3 -m pip install -q --break-system-packages tap.py
 elif command -v zypper >/dev/null; then
     demo='python3-bcc iproute2'
-    test='perl ShellCheck mandoc gcc glibc-devel procps util-linux bpftool python3-pip'
+    test='perl ShellCheck mandoc gcc glibc-devel procps util-linux bpftool jq python3-pip'
     install zypper --quiet --non-interactive install
     [ "$kind" != test ] || python3 -m pip install -q tap.py
 else

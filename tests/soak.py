@@ -17,7 +17,7 @@ import sys
 import time
 
 import live
-import test_many
+import load_many
 import test_tcpaccept
 import test_tcplife
 import test_tcpv4connect
@@ -50,7 +50,7 @@ def mixed_load(seconds):
     while time.monotonic() < end:
         for _ in range(5):
             log += workload.sessions(workload.work())
-        with test_many.Crowd(1, 2000):
+        with load_many.Crowd(1, 2000):
             time.sleep(0.5)
         visits += 2 * 2000
     return log, visits
@@ -127,9 +127,9 @@ def main():
         load.stdin.write("\n")
         load.stdin.flush()
         log, visits = mixed_load(max(10, min(60, args.seconds / 10)))
-        before = {tool: test_many.rss(tracer) for tool, tracer in tracers.items()}
+        before = {tool: load_many.rss(tracer) for tool, tracer in tracers.items()}
         more, more_visits = mixed_load(args.seconds * 0.9)
-        after = {tool: test_many.rss(tracer) for tool, tracer in tracers.items()}
+        after = {tool: load_many.rss(tracer) for tool, tracer in tracers.items()}
         load.send_signal(signal.SIGINT)
         made = int(load.communicate()[0].split()[3])
         time.sleep(2.5)                 # an update of tcpchurn

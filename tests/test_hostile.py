@@ -1,7 +1,8 @@
 """Names that want to do harm: comm is any 15 bytes a user likes."""
 import csv
-import os
+import json
 import socket
+import subprocess
 import unittest
 
 import live
@@ -42,16 +43,10 @@ class Hostile(unittest.TestCase):
     def trace(self, *commands):
         """Tracers of these commands that have seen the names."""
         tracers = [live.Tracer(*command) for command in commands]
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            for tracer in tracers:
-                tracer.start()
-            for tracer in tracers:
-                tracer.__enter__()
+        with socket.create_server(("127.0.0.1", 0)) as listener, live.tracing(*tracers):
             server = workload.spawn("server", None, serve, listener)
             visit(listener.getsockname()[1])
             workload.wait(server)
-            for tracer in tracers:
-                tracer.__exit__(None)
         return tracers
 
     def test_a_terminal_sees_only_printable_characters(self):
@@ -62,9 +57,15 @@ class Hostile(unittest.TestCase):
 
     def test_json_gives_the_name_back(self):
         for tracer in self.trace(*[(tool, "--json") for tool in FORMS]):
-            names = {os.fsencode(line["comm"] or "") for line in tracer.objects}
-            self.assertLessEqual(set(NAMES), names, tracer.command)
+            lines = [line for line in tracer.objects if line["comm"] is not None]
+            self.assertLessEqual(set(NAMES), set(map(live.comm, lines)), tracer.command)
+            for line in lines:
+                self.assertEqual(line["comm"], live.comm(line).decode(errors="backslashreplace"))
+                self.assertEqual("comm_hex" in line, "\\x" in line["comm"] and b"\\x" not in live.comm(line))
             self.assertTrue(tracer.stdout.isascii())
+            strings = subprocess.run(["jq", "-r", ".comm // empty | @json"], input=tracer.stdout, capture_output=True,
+                                     text=True, check=True).stdout.splitlines()
+            self.assertEqual([json.loads(text) for text in strings], [line["comm"] for line in lines])
 
     def test_csv_gives_the_name_back(self):
         tracer, = self.trace(("tcplife", "-s"))

@@ -9,8 +9,12 @@ MS = 5 * live.SLOW      # what two clocks in two processes may differ by
 BYTES = 2               # SYN and FIN count one each
 
 
+def connection(record):
+    return (record["lport"], record["raddr"], record["rport"], record["netns"])
+
+
 def key(record):
-    return (record["pid"], record["lport"], record["raddr"], record["rport"])
+    return (record["pid"], *connection(record))
 
 
 def difference(log, printed):
@@ -57,46 +61,35 @@ def timed(log, times):
 class Truth(unittest.TestCase):
     maxDiff = None
 
-    def trace(self, *args, wanted=lambda record: True, **work):
-        with live.Tracer("tcplife", "--json", *args, check=False) as tracer, live.Unseen(tracer) as unseen:
+    def trace(self, modes, **work):
+        """tcplife in several modes on one workload. modes: {options: which of the log's sessions are to be printed}."""
+        tracers = [live.Tracer("tcplife", "--json", *options, check=False) for options in modes]
+        with live.tracing(*tracers), live.Unseen(tracers[0]) as unseen:
             log = workload.sessions(workload.work(**work))
         log = timed(log, unseen.times())
-        missing, wrong = difference([record for record in log if wanted(record)], tracer.objects)
-        self.assertEqual(wrong, [])
-        if unseen.count:
-            self.assertLessEqual(len(missing), unseen.count, missing)
-        else:
-            self.assertEqual((missing, tracer.stderr), ([], ""))
-        self.assertEqual(tracer.status, 0)
+        for (options, wanted), tracer in zip(modes.items(), tracers):
+            with self.subTest(options=options):
+                missing, wrong = difference([record for record in log if wanted(record)],
+                                            live.ours(log, tracer.objects, connection))
+                self.assertEqual(wrong, [])
+                if unseen.count:
+                    self.assertLessEqual(len(missing), unseen.count, missing)
+                else:
+                    self.assertEqual((missing, tracer.stderr), ([], ""))
+                self.assertEqual(tracer.status, 0)
         return log
 
     def test_every_session_once_with_its_owner(self):
-        log = self.trace(rounds=3)
+        log = self.trace({(): live.every}, rounds=3)
         self.assertEqual(len(log), 3 * 172)
 
-    def test_owner_is_who_closed(self):
-        self.trace("--owner", "close")
+    def test_options(self):
+        self.trace({("--owner", "close"): live.every, ("--probes", "tracepoint"): live.every,
+                    ("-4",): lambda record: record["ip"] == 4, ("-6",): lambda record: record["ip"] == 6})
 
-    def test_tracepoints_only(self):
-        self.trace("--probes", "tracepoint")
-
-    def test_both_namespaces(self):
+    def test_namespaces(self):
         with live.Namespaces() as namespaces:
-            self.trace(**namespaces.where)
-
-    def test_one_namespace_by_name(self):
-        with live.Namespaces() as namespaces:
-            inode = namespaces.inode(namespaces.server)
-            log = self.trace("--netns", namespaces.server, wanted=lambda r: r["netns"] == inode, **namespaces.where)
-            self.assertIn("client", {record["role"] for record in log})
-
-    def test_one_namespace_by_inode(self):
-        with live.Namespaces() as namespaces:
-            inode = namespaces.inode(namespaces.client)
-            self.trace("--netns", inode, wanted=lambda r: r["netns"] == inode, **namespaces.where)
-
-    def test_ipv4_only(self):
-        self.trace("-4", wanted=lambda record: record["ip"] == 4)
-
-    def test_ipv6_only(self):
-        self.trace("-6", wanted=lambda record: record["ip"] == 6)
+            one, other = namespaces.inode(namespaces.server), namespaces.inode(namespaces.client)
+            log = self.trace({(): live.every, ("--netns", namespaces.server): lambda record: record["netns"] == one,
+                              ("--netns", other): lambda record: record["netns"] == other}, **namespaces.where)
+        self.assertEqual({record["netns"] for record in log}, {one, other})

@@ -15,14 +15,19 @@ IPV6 = bytes.fromhex("20010db8000000000000000000000001")
 
 
 def event(number=0, oldstate=7, state=2, sk_err=0, pid=16065, comm=b"wget", daddr=LOOPBACK, sport=0):
-    form = struct.Struct(deeptcptracer.HEAD)
-    return form.unpack(form.pack(form.size - 8, 0, 10 ** 9, pid, 4026531840, daddr, daddr, sport, 443, number, oldstate,
-                                 state, 0, sk_err, 0, comm))
+    owner = deeptcptracer.OWNER.pack(pid, comm) + struct.pack("=I", number)
+    source, destination = struct.pack("=16sHxx", daddr, sport), struct.pack("=16sHxx", daddr, 443)
+    what = struct.pack("=iBBBx", sk_err, number, oldstate, state)
+    return 10 ** 9, owner, source, destination, what, 4026531840, 0, b""
 
 
 class Deep(unittest.TestCase):
     def lines(self, record, *options):
-        return deeptcptracer.render(deeptcptracer.parse_args(options), None, [record]).splitlines()
+        return deeptcptracer.line(deeptcptracer.parse_args(options), record, 0).splitlines()
+
+    def test_record(self):
+        form = struct.Struct(deeptcptracer.HEAD + "0s")
+        self.assertEqual(form.unpack(form.pack(*event())), event())
 
     def test_as_in_the_sample(self):
         self.assertEqual(deeptcptracer.header(deeptcptracer.parse_args([])).splitlines(), [
@@ -51,7 +56,7 @@ class Deep(unittest.TestCase):
         for text, inside, outside in (("10.0.0.0/8", "10.1.2.3", "11.0.0.1"), ("::1", "::1", "::2"),
                                       ("fd00::/8", "fd12::1", "10.0.0.1"), ("::/0", "2001::1", "127.0.0.1"),
                                       ("0.0.0.0/0", "1.2.3.4", "::1"), ("1.2.3.4,::1", "1.2.3.4", "1.2.3.5")):
-            expression = deeptcptracer.any_network(deeptcptracer.networks(text))
+            expression = deeptcptracer.address_condition(deeptcptracer.networks(text))
             expression = expression.replace("u)", ")").replace("!IS_IPV4(address)", "not is_ipv4")
             for address, expected in ((inside, True), (outside, False)):
                 ip = ipaddress.ip_address(address)
@@ -66,7 +71,7 @@ class Deep(unittest.TestCase):
         self.assertEqual(deeptcptracer.parse_args(["-R"]).events, {4})
         self.assertEqual(len(deeptcptracer.parse_args([]).events), 8)
 
-    def test_errors_of_argparse(self):
+    def test_bad_arguments_exit_2(self):
         for wrong in (["-s", "x"], ["-e", "x"], ["-4", "-6"], ["-R", "-e", "tcp_fin"]):
             with self.assertRaises(SystemExit) as caught, contextlib.redirect_stderr(io.StringIO()):
                 deeptcptracer.parse_args(wrong)
@@ -76,10 +81,9 @@ class Deep(unittest.TestCase):
 class AcceptAndConnect(unittest.TestCase):
     def accept(self, *options, comm=b"sshd"):
         record = tcpaccept.RECORD.unpack(tcpaccept.RECORD.pack(
-            tcpaccept.RECORD.size - 8, 0, 5 * 10 ** 9, 907, 4026531840, LOOPBACK, LOOPBACK, 22, 40000, comm, 0))
+            5 * 10 ** 9, tcpaccept.OWNER.pack(907, comm), 4026531840, LOOPBACK, LOOPBACK, 22, 40000))
         args = tcpaccept.parse_args(options)
-        return (tcpaccept.form_of(args) % tuple(tcpaccept.column_names(args)),
-                tcpaccept.render(args, [record], 5 * 10 ** 9))
+        return tcpaccept.header(args), tcpaccept.line(args, record, 5 * 10 ** 9, 0)
 
     def test_accept_as_in_the_sample(self):
         self.assertEqual(self.accept(), (
@@ -89,14 +93,14 @@ class AcceptAndConnect(unittest.TestCase):
             "TIME(s)  PID    COMM         IP RADDR            LADDR            LPORT\n",
             "0.000    907    sshd         4  127.0.0.1        127.0.0.1        22\n"))
         self.assertEqual(self.accept("-r")[1].split()[4], "40000")
+        self.assertEqual(self.accept("-r")[0].split()[4], "RPORT")
 
     def connect(self, *options, comm=b"curl"):
         record = tcpv4connect.RECORD.unpack(tcpv4connect.RECORD.pack(
-            tcpv4connect.RECORD.size - 8, 0, 5 * 10 ** 9, 1469, 1000, 4026531840,
-            b"\x0a\xc9\xdb\xec", b"\x36\xf5\x69\x19", 80, 0, comm))
+            5 * 10 ** 9, tcpv4connect.OWNER.pack(1469, comm), 1000, 4026531840,
+            b"\x0a\xc9\xdb\xec", b"\x36\xf5\x69\x19", 80))
         args = tcpv4connect.parse_args(options)
-        return (tcpv4connect.form_of(args) % tuple(tcpv4connect.column_names(args)),
-                tcpv4connect.render(args, [record], 5 * 10 ** 9))
+        return tcpv4connect.header(args), tcpv4connect.line(args, record, 5 * 10 ** 9, 0)
 
     def test_connect_as_in_the_sample(self):
         self.assertEqual(self.connect(), (
@@ -104,14 +108,15 @@ class AcceptAndConnect(unittest.TestCase):
             "1469   curl         10.201.219.236   54.245.105.25    80\n"))
         self.assertEqual(self.connect("-U")[1].split()[0], "1000")
         value = json.loads(self.connect("--json")[1])
-        self.assertEqual(sorted(value), sorted("ts pid comm saddr daddr dport netns".split()))
+        self.assertEqual(sorted(value), sorted("ts pid comm uid ip saddr daddr dport netns".split()))
 
     def test_hostile_comm(self):
         for comm in (b"\x1b[2J", b"a\nb", b"\xff", b'"', b"\\"):
             for _, text in (self.accept(comm=comm), self.connect(comm=comm)):
                 self.assertTrue(text[:-1].isprintable() and text.isascii(), text)
             for _, text in (self.accept("--json", comm=comm), self.connect("--json", comm=comm)):
-                self.assertEqual(json.loads(text)["comm"].encode(errors="surrogateescape"), comm)
+                value = json.loads(text)
+                self.assertEqual(bytes.fromhex(value.get("comm_hex", value["comm"].encode().hex())), comm)
 
 
 if __name__ == "__main__":

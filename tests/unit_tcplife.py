@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import sys
 import unittest
 
@@ -16,60 +17,72 @@ IPV6 = bytes.fromhex("20010db8000000000000000000000001")
 def record(comm=b"curl", pid=42, laddr=LOOPBACK, raddr=LOOPBACK, died=3 * 10 ** 9 + 500):
     born, tx, rx = 10 ** 9, 3000, 1023
     return tcplife.RECORD.unpack(tcplife.RECORD.pack(
-        tcplife.RECORD.size - 8, 0, born, died, tx, rx, pid, 4026531840, laddr, raddr, 5555, 80, 0, comm))
+        born, died, tx, rx, tcplife.OWNER.pack(pid, comm), 4026531840, laddr, raddr, 5555, 80))
 
 
-def lines(*options, **fields):
-    args = tcplife.parse_args(options)
-    return tcplife.render(args, [record(**fields)], began=2 * 10 ** 9).splitlines()
+def line(*options, **fields):
+    return tcplife.line(tcplife.parse_args(options), record(**fields), 2 * 10 ** 9, 0)
+
+
+HOSTILE = (b"\x1b[31mred", b"a\nb", b'say "hi"', b"a,b", b"=1+1", b"tab\there", b"\xff\xfe", b"back\\slash",
+           "é".encode(), b"\x7f\x80", b"' or \"", b" ", "\uffff".encode(), "\u202e".encode(), b"\xed\xa0\x80",
+           b"\xf0\x9f\x98")
 
 
 class Output(unittest.TestCase):
     def test_default_fits_80_columns(self):
-        args = tcplife.parse_args([])
-        self.assertEqual(tcplife.form_of(args) % tuple(tcplife.column_names(args)),
+        self.assertEqual(tcplife.header(tcplife.parse_args([])),
                          "PID   COMM       LADDR           LPORT RADDR           RPORT TX_KB RX_KB MS\n")
-        self.assertEqual(lines(), ["42    curl       127.0.0.1       5555  127.0.0.1       80        2     0 2000.00"])
-        self.assertLessEqual(len(lines()[0]), 80)
+        self.assertEqual(line(), "42    curl       127.0.0.1       5555  127.0.0.1       80        2     0 2000.00\n")
+        self.assertLessEqual(len(line()), 81)
 
     def test_wide_fits_ipv6(self):
         full = bytes(range(0x10, 0x20))
-        line, = lines("-w", laddr=full, raddr=full)
-        self.assertEqual(line.split()[2:5], ["6", "1011:1213:1415:1617:1819:1a1b:1c1d:1e1f", "5555"])
+        words = line("-w", laddr=full, raddr=full).split()
+        self.assertEqual(words[2:5], ["6", "1011:1213:1415:1617:1819:1a1b:1c1d:1e1f", "5555"])
 
     def test_columns_of_every_form(self):
-        for options in ([], ["-w"], ["-s"], ["-t"], ["-T"], ["-stT"], ["-wtT"]):
-            args = tcplife.parse_args(options)
-            names = tcplife.column_names(args)
-            self.assertEqual(len(names), len(tcplife.columns(args, record(), 0, 0)), options)
+        for options in ([], ["-w"], ["-t"], ["-T"], ["-wtT"]):
+            names = tcplife.header(tcplife.parse_args(options)).split()
+            self.assertEqual(len(names), len(line(*options).split()), options)
         self.assertEqual(names[:5], ["TIME", "TIME(s)", "PID", "COMM", "IP"])
+        names = tcplife.header(tcplife.parse_args(["-stT"]))
+        self.assertEqual(names, "TIME,TIME(s),PID,COMM,IP,LADDR,LPORT,RADDR,RPORT,TX_KB,RX_KB,MS\n")
+        self.assertEqual(len(line("-stT").split(",")), 12)
 
-    def test_timestamp_counts_from_the_beginning_and_is_never_negative(self):
-        self.assertTrue(lines("-t")[0].startswith("1.000 "))
-        self.assertTrue(lines("-t", died=10 ** 9)[0].startswith("0.000 "))
+    def test_timestamp_counts_from_the_start_and_is_never_negative(self):
+        self.assertTrue(line("-t").startswith("1.000 "))
+        self.assertTrue(line("-t", died=10 ** 9).startswith("0.000 "))
 
     def test_json_is_exact(self):
-        line, = lines("--json", raddr=IPV6, laddr=IPV6)
-        value = json.loads(line)
-        self.assertLess(abs(value.pop("ts") - tcplife.time.time()), 10 ** 9)
-        self.assertEqual(value, {
-            "pid": 42, "comm": "curl", "ip": 6,
+        self.assertEqual(json.loads(line("--json", raddr=IPV6, laddr=IPV6)), {
+            "ts": 3.000001, "pid": 42, "comm": "curl", "ip": 6,
             "laddr": "2001:db8::1", "lport": 5555, "raddr": "2001:db8::1", "rport": 80,
             "tx_bytes": 3000, "rx_bytes": 1023, "ms": 2000.0005, "netns": 4026531840})
 
     def test_unknown_owner(self):
-        self.assertIsNone(json.loads(lines("--json", pid=0, comm=b"")[0])["pid"])
+        value = json.loads(line("--json", pid=0, comm=b""))
+        self.assertEqual((value["pid"], value["comm"]), (None, None))
+        self.assertEqual(line(pid=0, comm=b"").split()[:2], ["N/A", "N/A"])
 
     def test_hostile_comm(self):
-        for comm in (b"\x1b[31mred", b"a\nb", b'say "hi"', b"a,b", b"=1+1", b"tab\there", b"\xff\xfe", b"back\\slash",
-                     "é".encode(), b"\x7f\x80", b"' or \"", b" "):
+        for comm in HOSTILE:
             for options in ([], ["-w"], ["-s"]):
-                text = tcplife.render(tcplife.parse_args(options), [record(comm=comm)], 0)
+                text = line(*options, comm=comm)
                 self.assertTrue(text.endswith("\n") and text[:-1].isascii() and text[:-1].isprintable(), (comm, text))
-            row, = csv.reader(io.StringIO(lines("-s", comm=comm)[0]))
+            row, = csv.reader(io.StringIO(line("-s", comm=comm)))
             self.assertEqual(row[1].encode().decode("unicode_escape").encode("latin-1"), comm)
-            name = json.loads(lines("--json", comm=comm)[0])["comm"]
-            self.assertEqual(name.encode(errors="surrogateescape"), comm)
+
+    def test_json_is_text_that_strict_readers_take(self):
+        for comm in HOSTILE:
+            text = line("--json", comm=comm)
+            value = json.loads(text)
+            self.assertTrue(text.isascii() and "\n" not in text[:-1] and not re.search(r"[:,] ", text), text)
+            value["comm"].encode()              # no lone surrogates
+            raw = bytes.fromhex(value["comm_hex"]) if "comm_hex" in value else value["comm"].encode()
+            self.assertEqual(raw, comm)
+        self.assertEqual(json.loads(line("--json", comm="é".encode()))["comm"], "é")
+        self.assertEqual(json.loads(line("--json", comm=b"\xff"))["comm"], "\\xff")
 
     def test_addresses(self):
         self.assertEqual(tcplife.address(LOOPBACK), "127.0.0.1")
@@ -92,7 +105,7 @@ class Arguments(unittest.TestCase):
         for flag in tcplife.cflags(args):
             self.assertRegex(flag, r"^-g0$|^-D[A-Z0-9_]+(\(port\))?=\((true|[0-9]+|[port()=| 0-9]+)\)$")
 
-    def test_errors_of_argparse(self):
+    def test_bad_arguments_exit_2(self):
         for wrong in (["-p", "x"], ["-p", "٣"], ["-L", "1,,2"], ["-4", "-6"], ["--duration", "1_0"]):
             with self.assertRaises(SystemExit) as caught, contextlib.redirect_stderr(io.StringIO()):
                 tcplife.parse_args(wrong)
@@ -100,13 +113,13 @@ class Arguments(unittest.TestCase):
 
 
 class Losses(unittest.TestCase):
-    def test_told_once_each(self):
-        told = io.StringIO()
-        with contextlib.redirect_stderr(told):
-            seen = tcplife.report({"sessions lost: x": 3}, {})
-            tcplife.report({"sessions lost: x": 3}, seen)
-            tcplife.report({"sessions lost: x": 5}, seen)
-        self.assertEqual(told.getvalue(), "tcplife: 3 sessions lost: x\ntcplife: 2 sessions lost: x\n")
+    def test_reported_once_each(self):
+        printed = io.StringIO()
+        with contextlib.redirect_stderr(printed):
+            reported = tcplife.report({"sessions lost: x": 3}, {})
+            tcplife.report({"sessions lost: x": 3}, reported)
+            tcplife.report({"sessions lost: x": 5}, reported)
+        self.assertEqual(printed.getvalue(), "tcplife: 3 sessions lost: x\ntcplife: 2 sessions lost: x\n")
 
 
 class Imports(unittest.TestCase):

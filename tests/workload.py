@@ -394,7 +394,9 @@ def work(scenarios=tuple(SCENARIOS), rounds=1, **where):
             for _ in range(rounds):
                 for scenario in scenarios:
                     {**SCENARIOS, **SPECIAL}[scenario](Run(log, scenario, family, **where))
-        wait(*[spawn("family-" + family, None, one_family, family) for family in FAMILIES])
+        for pid in [spawn("family-" + family, None, one_family, family) for family in FAMILIES]:
+            if os.waitpid(pid, 0)[1]:
+                raise RuntimeError("the workload has failed")
         os.close(log)
         file.seek(0)
         return [json.loads(line) for line in file]

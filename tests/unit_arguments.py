@@ -1,0 +1,47 @@
+"""Every tool refuses wrong arguments: exit status 2 and argparse's usage, before anything is loaded."""
+import contextlib
+import importlib
+import io
+import unittest
+
+PID = ["", "abc", "-1", "0", "1.5", "99999999", "\u0661", "1_0", "+1", "0x10"]
+PORTS = ["", "0", "99999", "65536", "80,x", "80,", ",80", "-80", "80;81", "80-90", "8e1", "http", "\u0661"]
+SECONDS = ["", "0", "-1", "1e3", "inf", "nan", "abc", "\u0661", "1_0", "99999999999"]
+NETNS = ["", "0", "-1", "99999999999", "nosuchnamespace", "/etc/passwd", "/proc/self/ns/mnt", "/nonexistent",
+         "../../etc/passwd"]
+NETWORKS = ["", "host", "1.2.3", "10.0.0.0/33", "300.1.1.1", "::1/129", "fe80::x", "\u0661.0.0.1", "10.0.0.1,"]
+MAP = ["", "nosuch", "/sys/fs/bpf/nosuch", '/etc/pass"wd']
+ALL = {"--netns": NETNS, "--duration": SECONDS, "--probes": ["", "uprobe"]}
+# By tool: values that an option refuses, by option ("": without a value); and other wrong command lines.
+WRONG = {
+    "tcplife": ({**ALL, "-p": PID, "-L": PORTS, "-D": PORTS, "--owner": ["", "nobody"]},
+                ["-4 -6", "-s -w", "-s --json", "-w --json", "--nosuch", "-z", "word"]),
+    "tcpaccept": ({**ALL, "-p": PID, "-P": PORTS, "--cgroupmap": MAP, "--mntnsmap": MAP},
+                  ["-4 -6", "--nosuch", "-z", "word"]),
+    "tcpv4connect": ({**ALL, "-p": PID, "-P": PORTS, "-u": ["", "-1", "root", "4294967296", "1.0", "\u0661"]},
+                     ["--nosuch", "-z", "word"]),
+    "tcpchurn": ({**ALL, "-w": ["", "0", "-1", "x", "1,,2", "1,2,", "inf", "1e3", "0.0001,9999999"],
+                  "-i": SECONDS}, ["", "1 2", "-w 5", "1 -c --json", "1 --nosuch", "1 -z", "1 word", *PID[1:]]),
+    "deeptcptracer": ({**ALL, "-N": NETNS, "-p": PID, "-s": NETWORKS, "-d": NETWORKS, "-S": PORTS, "-D": PORTS,
+                       "-e": ["", "nosuch", "tcp_fin,", "tcp_fin -R"]},
+                      ["-4 -6", "--nosuch", "-z", "word"]),
+}
+
+
+class Wrong(unittest.TestCase):
+    def test_wrong_arguments(self):
+        for tool, (options, lines) in WRONG.items():
+            parse_args = importlib.import_module(tool).parse_args
+            rest = ["1"] if tool == "tcpchurn" else []
+            commands = [rest + [option, *value.split()] for option, values in options.items() for value in values]
+            for argv in commands + [line.split() for line in lines]:
+                said = io.StringIO()
+                with self.subTest(tool=tool, argv=argv), contextlib.redirect_stderr(said):
+                    with self.assertRaises(SystemExit) as caught:
+                        parse_args(argv)
+                    self.assertEqual(caught.exception.code, 2)
+                    self.assertRegex(said.getvalue(), "(?s)^usage: %s .*\n%s: error: " % (tool, tool))
+
+
+if __name__ == "__main__":
+    unittest.main()
