@@ -154,17 +154,16 @@ static inline bool is_mine(u64 event, bool first)
     if (first) {
         m->below = m->top;
         m->top = event;
-    } else if (m->top == event) {
-        m->top = m->below;
-        m->below = 0;
-        return false;
-    } else if (m->below == event) {
-        m->below = 0;
-        return false;
-    } else {
-        lost.atomic_increment(RESCUED);
+        return true;
     }
-    return true;
+    if (m->top != event && m->below != event) {
+        lost.atomic_increment(RESCUED);
+        return true;
+    }
+    if (m->top == event)
+        m->top = m->below;
+    m->below = 0;
+    return false;
 }
 
 /* MPTCP's own sockets and SCTP's report their states here too; MPTCP's subflows are TCP. */
@@ -485,7 +484,6 @@ int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(
 
 # struct event, behind the ring buffer's own header of a record (length and flags, page offset), but its stack
 HEAD = "=8xQ24s20s20s8sIi"
-OWNER = struct.Struct("=I16s")
 V4MAPPED = bytes(10) + b"\xff\xff"
 NAMES = "EVENT_SOURCE", "PID", "COMM", "SOURCE", "DESTINATION", "TCP_STATE", "SK_ERR"
 TEXT = "%-23s %-6s %-16s %-21s %-21s %-24s %s\n"
@@ -536,9 +534,8 @@ def event_list(text):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description="Trace what happens to TCP connections",
-        formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)
+    parser = argparse.ArgumentParser(PROGRAM, description="Trace what happens to TCP connections",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)
     which, family = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
     add = parser.add_argument
     add("-p", "--pid", type=number(1, 1 << 22), help="trace this PID only")
@@ -639,9 +636,8 @@ def attach(bcc, args):
         bpf.attach_kprobe(event="tcp_set_state", fn_name="kprobe_set_state")
     else:
         bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name="tracepoint_set_state_first")
-        second = bpf.load_func("tracepoint_set_state_second", bcc.BPF.RAW_TRACEPOINT)
-        if bcc.lib.bpf_attach_raw_tracepoint(second.fd, b"inet_sock_set_state") < 0:    # bcc itself attaches only one
-            raise OSError("a second program on a raw tracepoint is refused")
+        bpf.raw_tracepoint_fds.clear()          # bcc refuses a second program on a raw tracepoint that it knows of
+        bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name="tracepoint_set_state_second")
     attach_accept(bpf, args)
     return bpf
 
@@ -664,9 +660,9 @@ def load(args):
 def open_events(bpf, record):
     """Returns a function that returns the records which have come since its last call, as bytes. record: their form.
 
-    The ring buffer is not read by bcc, which would call back into Python once per record. Its layout is the kernel's
-    ABI (Documentation/bpf/ringbuf.rst): a page with the consumer's position, one with the producer's, then the data,
-    mapped twice in a row so that no record is ever split.
+    bcc would call back into Python once per record. The layout of a ring buffer is the kernel's ABI (see
+    Documentation/bpf/ringbuf.rst): a page with the consumer's position, one with the producer's, then the data, mapped
+    twice in a row so that no record is ever split.
     """
     if not RING_PAGES:
         records = []
@@ -745,17 +741,16 @@ def address(packed):
 @functools.lru_cache(maxsize=1024)
 def owner_text(packed):
     """Returns PID, COMM and JSON members of struct owner. comm can be any bytes: all but plain text is escaped."""
-    pid, comm = OWNER.unpack(packed)
+    pid, comm = struct.unpack("=I16s", packed)
     if not pid:
         return "N/A", "N/A", '"pid":null,"comm":null'
     comm = comm.partition(b"\0")[0]
     text = comm.decode(errors="backslashreplace")
     if not text.isprintable():          # I-JSON has no noncharacters
         text = comm.decode("ascii", errors="backslashreplace")
-    members = '"pid":%d,"comm":%s' % (pid, json.dumps(text))
-    if text.encode() != comm:
-        members += ',"comm_hex":"%s"' % comm.hex()
-    return pid, comm.decode("latin-1").encode("unicode_escape").decode("ascii"), members
+    comm_hex = "" if text.encode() == comm else ',"comm_hex":"%s"' % comm.hex()
+    return (pid, comm.decode("latin-1").encode("unicode_escape").decode("ascii"),
+            '"pid":%d,"comm":%s%s' % (pid, json.dumps(text), comm_hex))
 
 
 @functools.lru_cache(maxsize=16)
@@ -846,6 +841,7 @@ def trace(args, bpf):
     read, reader, reported, stop = open_events(bpf, form), select.poll(), {}, False
     reader.register(1, 0)
     signal.setitimer(signal.ITIMER_REAL, args.duration or 0)
+    learn_existing(bpf)
     write(header(args))
     while not stop:
         time.sleep(INTERVAL)
@@ -858,10 +854,8 @@ def trace(args, bpf):
 
 def main():
     args = parse_args()
-    bpf = load(args)
-    learn_existing(bpf)
     try:
-        trace(args, bpf)
+        trace(args, load(args))
     except BrokenPipeError:
         pass
     except OSError as error:

@@ -136,22 +136,16 @@ static inline bool is_mine(u64 event, bool first)
     if (first) {
         m->below = m->top;
         m->top = event;
-    } else if (m->top == event) {
-        m->top = m->below;
-        m->below = 0;
-        return false;
-    } else if (m->below == event) {
-        m->below = 0;
-        return false;
-    } else {
-        lost.atomic_increment(RESCUED);
+        return true;
     }
-    return true;
-}
-
-static inline u32 netns_of(struct sock *sk)
-{
-    return READ(READ(sk, __sk_common.skc_net.net), ns.inum);
+    if (m->top != event && m->below != event) {
+        lost.atomic_increment(RESCUED);
+        return true;
+    }
+    if (m->top == event)
+        m->top = m->below;
+    m->below = 0;
+    return false;
 }
 
 static inline u16 protocol_of(struct sock *sk)
@@ -204,7 +198,7 @@ static inline void accepted(void *ctx, struct sock *sk)
     if (!is_tcp(sk) || container_should_be_filtered())
         return;
     set_owner(&e.owner);
-    e.netns = netns_of(sk);
+    e.netns = READ(READ(sk, __sk_common.skc_net.net), ns.inum);
     read_endpoints(&e, sk);
     ipv4 = !e.raddr[0] && !e.raddr[1] && e.raddr[2] == htonl(0xffff);
     if ((FILTER_PID && e.owner.pid != FILTER_PID) || (FILTER_NETNS && e.netns != FILTER_NETNS) ||
@@ -300,9 +294,7 @@ int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(
 
 # struct event, behind the ring buffer's own header of a record (length and flags, page offset)
 RECORD = struct.Struct("=8xQ20sI16s16sHH4x")
-OWNER = struct.Struct("=I16s")
 V4MAPPED = bytes(10) + b"\xff\xff"
-NAMES = "PID", "COMM", "IP", "RADDR", "RPORT", "LADDR", "LPORT"
 TEXT = "%%-6s %%-12.12s %%-2s %%-16s %s%%-16s %%s\n"
 JSON = '{"ts":%.6f,%s,"ip":%d,"laddr":"%s","lport":%d,"raddr":"%s","rport":%d,"netns":%d}\n'
 
@@ -340,9 +332,8 @@ def pinned_map(text):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description="Trace TCP accepts",
-        formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)
+    parser = argparse.ArgumentParser(PROGRAM, description="Trace TCP accepts",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)
     family, add = parser.add_mutually_exclusive_group(), parser.add_argument
     add("-t", "--timestamp", action="store_true", help="include timestamp on output")
     add("-p", "--pid", type=number(1, 1 << 22), help="trace this PID only")
@@ -416,9 +407,9 @@ def load(args):
 def open_events(bpf, record):
     """Returns a function that returns the records which have come since its last call, as bytes. record: their form.
 
-    The ring buffer is not read by bcc, which would call back into Python once per record. Its layout is the kernel's
-    ABI (Documentation/bpf/ringbuf.rst): a page with the consumer's position, one with the producer's, then the data,
-    mapped twice in a row so that no record is ever split.
+    bcc would call back into Python once per record. The layout of a ring buffer is the kernel's ABI (see
+    Documentation/bpf/ringbuf.rst): a page with the consumer's position, one with the producer's, then the data, mapped
+    twice in a row so that no record is ever split.
     """
     if not RING_PAGES:
         records = []
@@ -471,27 +462,21 @@ def address(packed):
 @functools.lru_cache(maxsize=1024)
 def owner_text(packed):
     """Returns PID, COMM and JSON members of struct owner. comm can be any bytes: all but plain text is escaped."""
-    pid, comm = OWNER.unpack(packed)
+    pid, comm = struct.unpack("=I16s", packed)
     if not pid:
         return "N/A", "N/A", '"pid":null,"comm":null'
     comm = comm.partition(b"\0")[0]
     text = comm.decode(errors="backslashreplace")
     if not text.isprintable():          # I-JSON has no noncharacters
         text = comm.decode("ascii", errors="backslashreplace")
-    members = '"pid":%d,"comm":%s' % (pid, json.dumps(text))
-    if text.encode() != comm:
-        members += ',"comm_hex":"%s"' % comm.hex()
-    return pid, comm.decode("latin-1").encode("unicode_escape").decode("ascii"), members
-
-
-@functools.lru_cache(maxsize=16)
-def clock(second):
-    return time.strftime("%H:%M:%S", time.localtime(second))
+    comm_hex = "" if text.encode() == comm else ',"comm_hex":"%s"' % comm.hex()
+    return (pid, comm.decode("latin-1").encode("unicode_escape").decode("ascii"),
+            '"pid":%d,"comm":%s%s' % (pid, json.dumps(text), comm_hex))
 
 
 def header(args):
-    names = ("TIME",) * args.time + ("TIME(s)",) * args.timestamp + NAMES
-    return "" if args.json else args.form % names
+    names = ("TIME",) * args.time + ("TIME(s)",) * args.timestamp
+    return "" if args.json else args.form % (*names, "PID", "COMM", "IP", "RADDR", "RPORT", "LADDR", "LPORT")
 
 
 def line(args, record, start, wall):
@@ -506,7 +491,7 @@ def line(args, record, start, wall):
     if args.timestamp:
         row = ("%.3f" % (max(0, ts - start) / 1e9), *row)
     if args.time:
-        row = (clock((ts + wall) // 10 ** 9), *row)
+        row = (time.strftime("%H:%M:%S", time.localtime((ts + wall) // 10 ** 9)), *row)
     return args.form % row
 
 
@@ -547,9 +532,8 @@ def trace(args, bpf):
 
 def main():
     args = parse_args()
-    bpf = load(args)
     try:
-        trace(args, bpf)
+        trace(args, load(args))
     except BrokenPipeError:
         pass
     except OSError as error:

@@ -123,17 +123,16 @@ static inline bool is_mine(u64 event, bool first)
     if (first) {
         m->below = m->top;
         m->top = event;
-    } else if (m->top == event) {
-        m->top = m->below;
-        m->below = 0;
-        return false;
-    } else if (m->below == event) {
-        m->below = 0;
-        return false;
-    } else {
-        lost.atomic_increment(RESCUED);
+        return true;
     }
-    return true;
+    if (m->top != event && m->below != event) {
+        lost.atomic_increment(RESCUED);
+        return true;
+    }
+    if (m->top == event)
+        m->top = m->below;
+    m->below = 0;
+    return false;
 }
 
 static inline u32 netns_of(struct sock *sk)
@@ -354,7 +353,7 @@ def netns(text):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        prog=PROGRAM, description="Count the TCP accepts, opens and closes of a process over sliding time windows",
+        PROGRAM, description="Count the TCP accepts, opens and closes of a process over sliding time windows",
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)
     form, add, seconds = parser.add_mutually_exclusive_group(), parser.add_argument, number(0.001, 1e9, float)
     add("pid", metavar="PID", nargs="?", help="the process")
@@ -449,9 +448,8 @@ def attach(bcc, args):
             bpf.attach_kprobe(event="taskstats_exit", fn_name="exited")
     else:
         bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name="tracepoint_set_state_first")
-        second = bpf.load_func("tracepoint_set_state_second", bcc.BPF.RAW_TRACEPOINT)
-        if bcc.lib.bpf_attach_raw_tracepoint(second.fd, b"inet_sock_set_state") < 0:    # bcc itself attaches only one
-            raise OSError("a second program on a raw tracepoint is refused")
+        bpf.raw_tracepoint_fds.clear()          # bcc refuses a second program on a raw tracepoint that it knows of
+        bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name="tracepoint_set_state_second")
         bpf.attach_raw_tracepoint(tp="tcp_destroy_sock", fn_name="tracepoint_destroy")
         bpf.attach_raw_tracepoint(tp="sched_process_exit", fn_name="exited")
     attach_accept(bpf, args)

@@ -138,17 +138,16 @@ static inline bool is_mine(u64 event, bool first)
     if (first) {
         m->below = m->top;
         m->top = event;
-    } else if (m->top == event) {
-        m->top = m->below;
-        m->below = 0;
-        return false;
-    } else if (m->below == event) {
-        m->below = 0;
-        return false;
-    } else {
-        lost.atomic_increment(RESCUED);
+        return true;
     }
-    return true;
+    if (m->top != event && m->below != event) {
+        lost.atomic_increment(RESCUED);
+        return true;
+    }
+    if (m->top == event)
+        m->top = m->below;
+    m->below = 0;
+    return false;
 }
 
 static inline u32 netns_of(struct sock *sk)
@@ -391,7 +390,6 @@ int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(
 
 # struct event, behind the ring buffer's own header of a record (length and flags, page offset)
 RECORD = struct.Struct("=8xQQQQ20sI16s16sHH4x")
-OWNER = struct.Struct("=I16s")
 V4MAPPED = bytes(10) + b"\xff\xff"
 NAMES = "PID", "COMM", "IP", "LADDR", "LPORT", "RADDR", "RPORT", "TX_KB", "RX_KB", "MS"
 NARROW = "%-5s %-10.10s %.0s%-15s %-5s %-15s %-5s %5s %5s %s\n"         # without IP
@@ -426,9 +424,8 @@ def netns(text):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description="Trace the lifespan of TCP sessions and summarize",
-        formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)
+    parser = argparse.ArgumentParser(PROGRAM, description="Trace the lifespan of TCP sessions and summarize",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)
     family, form = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
     add = parser.add_argument
     add("-T", "--time", action="store_true", help="include time column on output (HH:MM:SS)")
@@ -497,9 +494,8 @@ def attach(bcc, args):
         bpf.attach_kprobe(event="tcp_v4_destroy_sock", fn_name="kprobe_destroy")
     else:
         bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name="tracepoint_set_state_first")
-        second = bpf.load_func("tracepoint_set_state_second", bcc.BPF.RAW_TRACEPOINT)
-        if bcc.lib.bpf_attach_raw_tracepoint(second.fd, b"inet_sock_set_state") < 0:    # bcc itself attaches only one
-            raise OSError("a second program on a raw tracepoint is refused")
+        bpf.raw_tracepoint_fds.clear()          # bcc refuses a second program on a raw tracepoint that it knows of
+        bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name="tracepoint_set_state_second")
         bpf.attach_raw_tracepoint(tp="tcp_destroy_sock", fn_name="tracepoint_destroy")
     if args.owner == "accept":
         attach_accept(bpf, args)
@@ -524,9 +520,9 @@ def load(args):
 def open_events(bpf, record):
     """Returns a function that returns the records which have come since its last call, as bytes. record: their form.
 
-    The ring buffer is not read by bcc, which would call back into Python once per record. Its layout is the kernel's
-    ABI (Documentation/bpf/ringbuf.rst): a page with the consumer's position, one with the producer's, then the data,
-    mapped twice in a row so that no record is ever split.
+    bcc would call back into Python once per record. The layout of a ring buffer is the kernel's ABI (see
+    Documentation/bpf/ringbuf.rst): a page with the consumer's position, one with the producer's, then the data, mapped
+    twice in a row so that no record is ever split.
     """
     if not RING_PAGES:
         records = []
@@ -579,22 +575,16 @@ def address(packed):
 @functools.lru_cache(maxsize=1024)
 def owner_text(packed):
     """Returns PID, COMM and JSON members of struct owner. comm can be any bytes: all but plain text is escaped."""
-    pid, comm = OWNER.unpack(packed)
+    pid, comm = struct.unpack("=I16s", packed)
     if not pid:
         return "N/A", "N/A", '"pid":null,"comm":null'
     comm = comm.partition(b"\0")[0]
     text = comm.decode(errors="backslashreplace")
     if not text.isprintable():          # I-JSON has no noncharacters
         text = comm.decode("ascii", errors="backslashreplace")
-    members = '"pid":%d,"comm":%s' % (pid, json.dumps(text))
-    if text.encode() != comm:
-        members += ',"comm_hex":"%s"' % comm.hex()
-    return pid, comm.decode("latin-1").encode("unicode_escape").decode("ascii"), members
-
-
-@functools.lru_cache(maxsize=16)
-def clock(second):
-    return time.strftime("%H:%M:%S", time.localtime(second))
+    comm_hex = "" if text.encode() == comm else ',"comm_hex":"%s"' % comm.hex()
+    return (pid, comm.decode("latin-1").encode("unicode_escape").decode("ascii"),
+            '"pid":%d,"comm":%s%s' % (pid, json.dumps(text), comm_hex))
 
 
 def csv_line(row):
@@ -621,7 +611,7 @@ def line(args, record, start, wall):
     if args.timestamp:
         row = ("%.3f" % (max(0, died - start) / 1e9), *row)
     if args.time:
-        row = (clock((died + wall) // 10 ** 9), *row)
+        row = (time.strftime("%H:%M:%S", time.localtime((died + wall) // 10 ** 9)), *row)
     return csv_line(row) if args.csv else args.form % row
 
 
@@ -663,9 +653,8 @@ def trace(args, bpf):
 
 def main():
     args = parse_args()
-    bpf = load(args)
     try:
-        trace(args, bpf)
+        trace(args, load(args))
     except BrokenPipeError:
         pass
     except OSError as error:

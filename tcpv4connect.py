@@ -116,22 +116,16 @@ static inline bool is_mine(u64 event, bool first)
     if (first) {
         m->below = m->top;
         m->top = event;
-    } else if (m->top == event) {
-        m->top = m->below;
-        m->below = 0;
-        return false;
-    } else if (m->below == event) {
-        m->below = 0;
-        return false;
-    } else {
-        lost.atomic_increment(RESCUED);
+        return true;
     }
-    return true;
-}
-
-static inline u32 netns_of(struct sock *sk)
-{
-    return READ(READ(sk, __sk_common.skc_net.net), ns.inum);
+    if (m->top != event && m->below != event) {
+        lost.atomic_increment(RESCUED);
+        return true;
+    }
+    if (m->top == event)
+        m->top = m->below;
+    m->below = 0;
+    return false;
 }
 
 /* MPTCP's own sockets and SCTP's report their states here too; MPTCP's subflows are TCP. */
@@ -165,7 +159,7 @@ static inline void state_change(void *ctx, struct sock *sk, int oldstate, int ne
         return;
     set_owner(&e.owner);
     e.uid = bpf_get_current_uid_gid();
-    e.netns = netns_of(sk);
+    e.netns = READ(c.skc_net.net, ns.inum);
     e.dport = ntohs(c.skc_dport);
     if ((FILTER_PID && e.owner.pid != FILTER_PID) || (FILTER_NETNS && e.netns != FILTER_NETNS) ||
         !IS_WANTED_UID(e.uid) || !IS_WANTED_PORT(e.dport))
@@ -201,8 +195,6 @@ int kprobe_set_state(struct pt_regs *ctx, struct sock *sk, int newstate)
 
 # struct event, behind the ring buffer's own header of a record (length and flags, page offset)
 RECORD = struct.Struct("=8xQ20sII4s4sH2x")
-OWNER = struct.Struct("=I16s")
-NAMES = "PID", "COMM", "SADDR", "DADDR", "DPORT"
 TEXT = "%-6s %-12.12s %-16s %-16s %s\n"
 JSON = '{"ts":%.6f,%s,"uid":%d,"ip":4,"saddr":"%s","daddr":"%s","dport":%d,"netns":%d}\n'
 
@@ -233,9 +225,8 @@ def netns(text):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description="Trace TCP IPv4 connects",
-        formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)
+    parser = argparse.ArgumentParser(PROGRAM, description="Trace TCP IPv4 connects",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)
     add = parser.add_argument
     add("-t", "--timestamp", action="store_true", help="include timestamp on output")
     add("-p", "--pid", type=number(1, 1 << 22), help="trace this PID only")
@@ -246,10 +237,8 @@ def parse_args(argv=None):
     add("--json", action="store_true", help="print one JSON object per line, with exact times")
     add("--netns", type=netns, help="trace this network namespace only: inode number, path or name")
     add("--duration", metavar="SECONDS", type=number(0.001, 1e9, float), help="exit after this many seconds")
-    add("--probes", choices=("tracepoint", "kprobe"),
-        help="use this kind of probe only (default: the tracepoint where the kernel has it)")
+    add("--probes", choices=("tracepoint", "kprobe"), help="use this kind of probe only (default: the tracepoint)")
     args = parser.parse_args(argv)
-    args.kprobes = args.probes == "kprobe" or KERNEL < (4, 17)
     args.form = args.time * "%-8s " + args.timestamp * "%-8s " + args.print_uid * "%-5s " + TEXT
     return args
 
@@ -269,13 +258,12 @@ def cflags(args):
 def attach(bcc, args):
     """Returns the BPF object, compiled, loaded and attached."""
     bpf = bcc.BPF(text=bpf_text, cflags=cflags(args))
-    if args.kprobes:
+    if args.probes == "kprobe" or KERNEL < (4, 17):
         bpf.attach_kprobe(event="tcp_set_state", fn_name="kprobe_set_state")
     else:
         bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name="tracepoint_set_state_first")
-        second = bpf.load_func("tracepoint_set_state_second", bcc.BPF.RAW_TRACEPOINT)
-        if bcc.lib.bpf_attach_raw_tracepoint(second.fd, b"inet_sock_set_state") < 0:    # bcc itself attaches only one
-            raise OSError("a second program on a raw tracepoint is refused")
+        bpf.raw_tracepoint_fds.clear()          # bcc refuses a second program on a raw tracepoint that it knows of
+        bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name="tracepoint_set_state_second")
     return bpf
 
 
@@ -297,9 +285,9 @@ def load(args):
 def open_events(bpf, record):
     """Returns a function that returns the records which have come since its last call, as bytes. record: their form.
 
-    The ring buffer is not read by bcc, which would call back into Python once per record. Its layout is the kernel's
-    ABI (Documentation/bpf/ringbuf.rst): a page with the consumer's position, one with the producer's, then the data,
-    mapped twice in a row so that no record is ever split.
+    bcc would call back into Python once per record. The layout of a ring buffer is the kernel's ABI (see
+    Documentation/bpf/ringbuf.rst): a page with the consumer's position, one with the producer's, then the data, mapped
+    twice in a row so that no record is ever split.
     """
     if not RING_PAGES:
         records = []
@@ -347,27 +335,21 @@ ipv4 = functools.lru_cache(maxsize=1024)(socket.inet_ntoa)
 @functools.lru_cache(maxsize=1024)
 def owner_text(packed):
     """Returns PID, COMM and JSON members of struct owner. comm can be any bytes: all but plain text is escaped."""
-    pid, comm = OWNER.unpack(packed)
+    pid, comm = struct.unpack("=I16s", packed)
     if not pid:
         return "N/A", "N/A", '"pid":null,"comm":null'
     comm = comm.partition(b"\0")[0]
     text = comm.decode(errors="backslashreplace")
     if not text.isprintable():          # I-JSON has no noncharacters
         text = comm.decode("ascii", errors="backslashreplace")
-    members = '"pid":%d,"comm":%s' % (pid, json.dumps(text))
-    if text.encode() != comm:
-        members += ',"comm_hex":"%s"' % comm.hex()
-    return pid, comm.decode("latin-1").encode("unicode_escape").decode("ascii"), members
-
-
-@functools.lru_cache(maxsize=16)
-def clock(second):
-    return time.strftime("%H:%M:%S", time.localtime(second))
+    comm_hex = "" if text.encode() == comm else ',"comm_hex":"%s"' % comm.hex()
+    return (pid, comm.decode("latin-1").encode("unicode_escape").decode("ascii"),
+            '"pid":%d,"comm":%s%s' % (pid, json.dumps(text), comm_hex))
 
 
 def header(args):
-    names = ("TIME",) * args.time + ("TIME(s)",) * args.timestamp + ("UID",) * args.print_uid + NAMES
-    return "" if args.json else args.form % names
+    names = ("TIME",) * args.time + ("TIME(s)",) * args.timestamp + ("UID",) * args.print_uid
+    return "" if args.json else args.form % (*names, "PID", "COMM", "SADDR", "DADDR", "DPORT")
 
 
 def line(args, record, start, wall):
@@ -383,7 +365,7 @@ def line(args, record, start, wall):
     if args.timestamp:
         row = ("%.3f" % (max(0, ts - start) / 1e9), *row)
     if args.time:
-        row = (clock((ts + wall) // 10 ** 9), *row)
+        row = (time.strftime("%H:%M:%S", time.localtime((ts + wall) // 10 ** 9)), *row)
     return args.form % row
 
 
@@ -422,9 +404,8 @@ def trace(args, bpf):
 
 def main():
     args = parse_args()
-    bpf = load(args)
     try:
-        trace(args, bpf)
+        trace(args, load(args))
     except BrokenPipeError:
         pass
     except OSError as error:

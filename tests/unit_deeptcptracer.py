@@ -15,7 +15,7 @@ IPV6 = bytes.fromhex("20010db8000000000000000000000001")
 
 
 def event(number=0, oldstate=7, state=2, sk_err=0, pid=16065, comm=b"wget", daddr=LOOPBACK, sport=0):
-    owner = deeptcptracer.OWNER.pack(pid, comm) + struct.pack("=I", number)
+    owner = struct.pack("=I16s", pid, comm) + struct.pack("=I", number)
     source, destination = struct.pack("=16sHxx", daddr, sport), struct.pack("=16sHxx", daddr, 443)
     what = struct.pack("=iBBBx", sk_err, number, oldstate, state)
     return 10 ** 9, owner, source, destination, what, 4026531840, 0, b""
@@ -81,7 +81,7 @@ class Deep(unittest.TestCase):
 class AcceptAndConnect(unittest.TestCase):
     def accept(self, *options, comm=b"sshd"):
         record = tcpaccept.RECORD.unpack(tcpaccept.RECORD.pack(
-            5 * 10 ** 9, tcpaccept.OWNER.pack(907, comm), 4026531840, LOOPBACK, LOOPBACK, 22, 40000))
+            5 * 10 ** 9, struct.pack("=I16s", 907, comm), 4026531840, LOOPBACK, LOOPBACK, 22, 40000))
         args = tcpaccept.parse_args(options)
         return tcpaccept.header(args), tcpaccept.line(args, record, 5 * 10 ** 9, 0)
 
@@ -97,7 +97,7 @@ class AcceptAndConnect(unittest.TestCase):
 
     def connect(self, *options, comm=b"curl"):
         record = tcpv4connect.RECORD.unpack(tcpv4connect.RECORD.pack(
-            5 * 10 ** 9, tcpv4connect.OWNER.pack(1469, comm), 1000, 4026531840,
+            5 * 10 ** 9, struct.pack("=I16s", 1469, comm), 1000, 4026531840,
             b"\x0a\xc9\xdb\xec", b"\x36\xf5\x69\x19", 80))
         args = tcpv4connect.parse_args(options)
         return tcpv4connect.header(args), tcpv4connect.line(args, record, 5 * 10 ** 9, 0)

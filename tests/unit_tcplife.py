@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import struct
 import sys
 import unittest
 
@@ -17,7 +18,7 @@ IPV6 = bytes.fromhex("20010db8000000000000000000000001")
 def record(comm=b"curl", pid=42, laddr=LOOPBACK, raddr=LOOPBACK, died=3 * 10 ** 9 + 500):
     born, tx, rx = 10 ** 9, 3000, 1023
     return tcplife.RECORD.unpack(tcplife.RECORD.pack(
-        born, died, tx, rx, tcplife.OWNER.pack(pid, comm), 4026531840, laddr, raddr, 5555, 80))
+        born, died, tx, rx, struct.pack("=I16s", pid, comm), 4026531840, laddr, raddr, 5555, 80))
 
 
 def line(*options, **fields):
