@@ -158,8 +158,8 @@ def new_dump(lib, btf, emit):
 def declarations(names):
     """Return C declarations of the named kernel types and of everything they consist of.
 
-    For each name that the kernel has, a macro BTF_HAS_<name> is defined; the others are left out. A function gets the
-    macro only. Raises OSError if the kernel has no BTF or libbpf is missing.
+    For each name that the kernel has, a macro BTF_HAS_<name> is defined, and nothing else for one of BCC_FUNCTIONS. Other
+    names are left out. Raises OSError if the kernel has no BTF or libbpf is missing.
     """
     if not os.path.exists(VMLINUX_BTF):
         raise OSError("this kernel has no BTF (%s)" % VMLINUX_BTF)
@@ -177,7 +177,7 @@ def declarations(names):
         raise OSError("libbpf cannot read %s" % VMLINUX_BTF)
     dump = new_dump(lib, btf, emit)
     for name in filter(None, names):
-        for kind in (STRUCT, UNION, ENUM, TYPEDEF, FUNC):
+        for kind in (FUNC,) if name in BCC_FUNCTIONS else (STRUCT, UNION, ENUM, TYPEDEF):
             type_id = lib.btf__find_by_name_kind(btf, os.fsencode(name), kind)
             if type_id > 0:
                 if kind != FUNC:
