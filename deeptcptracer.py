@@ -131,6 +131,14 @@ BPF_PERF_OUTPUT(events);
 BPF_PERCPU_ARRAY(scratch, struct event, 1);     /* for stacks, which are too large for a program's own */
 #endif
 
+static inline void count_lost(int what)
+{
+    u64 *n = lost.lookup(&what);
+
+    if (n)
+        __sync_fetch_and_add(n, 1);
+}
+
 /*
  * The kernel skips a program that is already running on this CPU (since 6.1): the events of a softirq that interrupts
  * it would be lost, and on 7.2 those of a process that preempts it. So a tracepoint has two programs, and the second
@@ -156,7 +164,7 @@ static inline bool is_mine(u64 event, bool first)
         return true;
     }
     if (m->top != event && m->below != event) {
-        lost.atomic_increment(RESCUED);
+        count_lost(RESCUED);
         return true;
     }
     if (m->top == event)
@@ -201,7 +209,7 @@ static inline struct owner *owner_of(struct sock *sk)
         return NULL;
     copy = *o;                  /* from now on by its address: it has no inode after close() */
     if (owners.update(&sk, &copy))
-        lost.atomic_increment(LOST_OWNER);
+        count_lost(LOST_OWNER);
     existing.delete(&inode);
     return owners.lookup(&sk);
 }
@@ -234,7 +242,7 @@ static inline void remember_owner(struct sock *sk)
         return;
     set_owner(&o);
     if (o.pid && owners.update(&sk, &o))
-        lost.atomic_increment(LOST_OWNER);
+        count_lost(LOST_OWNER);
 }
 
 static inline void emit(void *ctx, struct sock *sk, struct owner *o, u8 event, u8 oldstate, u8 state)
@@ -272,7 +280,7 @@ static inline void emit(void *ctx, struct sock *sk, struct owner *o, u8 event, u
     e = scratch.lookup(&zero);
 #endif
     if (!e) {
-        lost.atomic_increment(LOST_EVENT);
+        count_lost(LOST_EVENT);
         return;
     }
     e->ts = ts;
@@ -295,7 +303,7 @@ static inline void emit(void *ctx, struct sock *sk, struct owner *o, u8 event, u
     events.ringbuf_submit(e, BPF_RB_NO_WAKEUP);         /* no wake-up: the reader polls */
 #else
     if (e->ts != ts || events.perf_submit(ctx, e, sizeof(*e)))          /* an interrupt may have used scratch as well */
-        lost.atomic_increment(LOST_EVENT);
+        count_lost(LOST_EVENT);
 #endif
 }
 
@@ -495,7 +503,6 @@ int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(
 
 # struct event, behind the ring buffer's own header of a record (length and flags, page offset), but its stack
 HEAD = "=8xQ24s20s20s8sIi"
-V4MAPPED = bytes(10) + b"\xff\xff"
 NAMES = "EVENT_SOURCE", "PID", "COMM", "SOURCE", "DESTINATION", "TCP_STATE", "SK_ERR"
 TEXT = "%-23s %-6s %-16s %-21s %-21s %-24s %s\n"
 JSON = '{"ts":%.6f,%s,"ip":%d,"saddr":"%s","sport":%d,"daddr":"%s","dport":%d,%s,"netns":%d%s}\n'
@@ -504,8 +511,7 @@ JSON = '{"ts":%.6f,%s,"ip":%d,"saddr":"%s","sport":%d,"daddr":"%s","dport":%d,%s
 def number(low, high, kind=int):
     """Returns a converter for argparse: a number from low to high in plain digits, as an int or a float."""
     def number(text):
-        plain = text.isascii() and text.replace(".", "", kind is float).isdecimal()
-        if not plain or not low <= kind(text) <= high:
+        if not re.fullmatch(r"\d+" if kind is int else r"\d*\.?\d+", text, re.A) or not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError("not a number from %s to %s: %r" % (low, high, text))
         return kind(text)
     return number
@@ -607,12 +613,10 @@ def address_condition(networks):
 def pid_namespace():
     """Returns macros for the PID namespace in which the tool runs: 0 for the initial one."""
     namespace = os.stat("/proc/self/ns/pid")
-    if namespace.st_ino == 0xeffffffc:          # PROC_PID_INIT_INO, include/linux/proc_ns.h
-        return {"PIDNS": 0}
-    if KERNEL >= (5, 7):
-        return {"PIDNS": namespace.st_ino, "PIDNS_DEV": os.minor(namespace.st_dev)}
-    print("%s: before Linux 5.7 the PIDs are the host's, not this PID namespace's" % PROGRAM, file=sys.stderr)
-    return {"PIDNS": 0}
+    is_initial = namespace.st_ino == 0xeffffffc         # PROC_PID_INIT_INO, include/linux/proc_ns.h
+    if KERNEL < (5, 7) and not is_initial:
+        print("%s: before Linux 5.7 the PIDs are the host's, not this PID namespace's" % PROGRAM, file=sys.stderr)
+    return {"PIDNS": 0 if is_initial or KERNEL < (5, 7) else namespace.st_ino, "PIDNS_DEV": os.minor(namespace.st_dev)}
 
 
 def cflags(args):
@@ -774,7 +778,7 @@ def learn_existing(bpf):
 @functools.lru_cache(maxsize=1024)
 def address(packed):
     """Returns the text of 16 bytes, in which IPv4 is ::ffff:a.b.c.d."""
-    if packed.startswith(V4MAPPED):
+    if packed.startswith(bytes(10) + b"\xff\xff"):
         return socket.inet_ntop(socket.AF_INET, packed[12:])
     return socket.inet_ntop(socket.AF_INET6, packed)
 

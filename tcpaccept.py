@@ -9,9 +9,8 @@
 # Prints one line per passive connection that a process has accepted: the process that called accept(), not the one that
 # listens, and the addresses. Connections that nobody accepts are not shown.
 #
-# Traces security_sock_graft() (kprobe), which the kernel calls in accept() with the new socket. On a kernel without
-# kprobes or without that function: the exits of the accept() and accept4() system calls, and the socket behind the
-# descriptor that they return.
+# Traces security_sock_graft() (kprobe), which accept() calls with the new socket, or else the exits of the accept() and
+# accept4() system calls, and the socket behind the descriptor that they return.
 #
 # CAVEATS: while a tracepoint of a system call is on, every system call on the machine costs some 70 ns more. These
 # exits do not cover io_uring and 32-bit programs, which the kprobe does.
@@ -113,6 +112,14 @@ BPF_RINGBUF_OUTPUT(events, RING_PAGES);
 BPF_PERF_OUTPUT(events);
 #endif
 
+static inline void count_lost(int what)
+{
+    u64 *n = lost.lookup(&what);
+
+    if (n)
+        __sync_fetch_and_add(n, 1);
+}
+
 /*
  * The kernel skips a program that is already running on this CPU (since 6.1): the events of a softirq that interrupts
  * it would be lost, and on 7.2 those of a process that preempts it. So a tracepoint has two programs, and the second
@@ -138,7 +145,7 @@ static inline bool is_mine(u64 event, bool first)
         return true;
     }
     if (m->top != event && m->below != event) {
-        lost.atomic_increment(RESCUED);
+        count_lost(RESCUED);
         return true;
     }
     if (m->top == event)
@@ -216,7 +223,7 @@ static inline void accepted(void *ctx, struct sock *sk)
 #else
     if (events.perf_submit(ctx, &e, sizeof(e)))
 #endif
-        lost.atomic_increment(LOST_EVENT);
+        count_lost(LOST_EVENT);
 }
 
 /* security_sock_graft() is called in accept() with the new socket, by io_uring too. */
@@ -290,7 +297,7 @@ static inline int accept_returned(struct syscall_exit *ctx, bool first)
     if (sk && READ(sk, __sk_common.skc_dport) && !has_connected(sk) && is_new(sk))
         accepted(ctx, sk);
     else
-        lost.atomic_increment(LOST_SOCKET);
+        count_lost(LOST_SOCKET);
     return 0;
 }
 
@@ -300,7 +307,6 @@ int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(
 
 # struct event, behind the ring buffer's own header of a record (length and flags, page offset)
 RECORD = struct.Struct("=8xQ20sI16s16sHH4x")
-V4MAPPED = bytes(10) + b"\xff\xff"
 TEXT = "%%-6s %%-12.12s %%-2s %%-16s %s%%-16s %%s\n"
 JSON = '{"ts":%.6f,%s,"ip":%d,"laddr":"%s","lport":%d,"raddr":"%s","rport":%d,"netns":%d}\n'
 
@@ -308,15 +314,10 @@ JSON = '{"ts":%.6f,%s,"ip":%d,"laddr":"%s","lport":%d,"raddr":"%s","rport":%d,"n
 def number(low, high, kind=int):
     """Returns a converter for argparse: a number from low to high in plain digits, as an int or a float."""
     def number(text):
-        plain = text.isascii() and text.replace(".", "", kind is float).isdecimal()
-        if not plain or not low <= kind(text) <= high:
+        if not re.fullmatch(r"\d+" if kind is int else r"\d*\.?\d+", text, re.A) or not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError("not a number from %s to %s: %r" % (low, high, text))
         return kind(text)
     return number
-
-
-def ports(text):
-    return [number(1, 65535)(port) for port in text.split(",")]
 
 
 def process(text):
@@ -354,7 +355,8 @@ def parse_args(argv=None):
     add("-t", "--timestamp", action="store_true", help="include timestamp on output")
     add("-p", "--pid", type=process, help="trace this PID only")
     add("-T", "--time", action="store_true", help="include time column on output (HH:MM:SS)")
-    add("-P", "--port", type=ports, help="comma-separated list of local ports to trace.")
+    add("-P", "--port", type=lambda text: [number(1, 65535)(port) for port in text.split(",")],
+        help="comma-separated list of local ports to trace.")
     family.add_argument("-4", "--ipv4", action="store_true", help="trace IPv4 only")
     family.add_argument("-6", "--ipv6", action="store_true", help="trace IPv6 only")
     add("-r", "--rport", action="store_true", help="include the remote port on output")
@@ -374,12 +376,10 @@ def parse_args(argv=None):
 def pid_namespace():
     """Returns macros for the PID namespace in which the tool runs: 0 for the initial one."""
     namespace = os.stat("/proc/self/ns/pid")
-    if namespace.st_ino == 0xeffffffc:          # PROC_PID_INIT_INO, include/linux/proc_ns.h
-        return {"PIDNS": 0}
-    if KERNEL >= (5, 7):
-        return {"PIDNS": namespace.st_ino, "PIDNS_DEV": os.minor(namespace.st_dev)}
-    print("%s: before Linux 5.7 the PIDs are the host's, not this PID namespace's" % PROGRAM, file=sys.stderr)
-    return {"PIDNS": 0}
+    is_initial = namespace.st_ino == 0xeffffffc         # PROC_PID_INIT_INO, include/linux/proc_ns.h
+    if KERNEL < (5, 7) and not is_initial:
+        print("%s: before Linux 5.7 the PIDs are the host's, not this PID namespace's" % PROGRAM, file=sys.stderr)
+    return {"PIDNS": 0 if is_initial or KERNEL < (5, 7) else namespace.st_ino, "PIDNS_DEV": os.minor(namespace.st_dev)}
 
 
 def cflags(args):
@@ -485,7 +485,7 @@ def losses(bpf):
 @functools.lru_cache(maxsize=1024)
 def address(packed):
     """Returns the text of 16 bytes, in which IPv4 is ::ffff:a.b.c.d."""
-    if packed.startswith(V4MAPPED):
+    if packed.startswith(bytes(10) + b"\xff\xff"):
         return socket.inet_ntop(socket.AF_INET, packed[12:])
     return socket.inet_ntop(socket.AF_INET6, packed)
 

@@ -101,6 +101,14 @@ BPF_HASH(existing, u64, u8, MAX_SOCKETS);               /* inodes of its sockets
 BPF_ARRAY(ended, u8, 1);                                /* whether the process has */
 BPF_ARRAY(lost, u64, LOST_COUNTERS);
 
+static inline void count_lost(int what)
+{
+    u64 *n = lost.lookup(&what);
+
+    if (n)
+        __sync_fetch_and_add(n, 1);
+}
+
 /*
  * The kernel skips a program that is already running on this CPU (since 6.1): the events of a softirq that interrupts
  * it would be lost, and on 7.2 those of a process that preempts it. So a tracepoint has two programs, and the second
@@ -126,7 +134,7 @@ static inline bool is_mine(u64 event, bool first)
         return true;
     }
     if (m->top != event && m->below != event) {
-        lost.atomic_increment(RESCUED);
+        count_lost(RESCUED);
         return true;
     }
     if (m->top == event)
@@ -230,7 +238,7 @@ static inline void opened(struct sock *sk, int how)
     if (err == -EEXIST)         /* another thread has put this socket behind the descriptor, and it is counted */
         return;
     if (err)
-        lost.atomic_increment(LOST_SOCKET);
+        count_lost(LOST_SOCKET);
     count(how);
     if (how == ACCEPTED && !is_open(READ(sk, __sk_common.skc_state)))       /* reset before accept() */
         closed(sk, TCP_CLOSE);
@@ -345,8 +353,7 @@ BUCKET = struct.Struct("=4Q")
 def number(low, high, kind=int):
     """Returns a converter for argparse: a number from low to high in plain digits, as an int or a float."""
     def number(text):
-        plain = text.isascii() and text.replace(".", "", kind is float).isdecimal()
-        if not plain or not low <= kind(text) <= high:
+        if not re.fullmatch(r"\d+" if kind is int else r"\d*\.?\d+", text, re.A) or not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError("not a number from %s to %s: %r" % (low, high, text))
         return kind(text)
     return number
@@ -435,12 +442,10 @@ def address_condition(networks):
 def pid_namespace():
     """Returns macros for the PID namespace in which the tool runs: 0 for the initial one."""
     namespace = os.stat("/proc/self/ns/pid")
-    if namespace.st_ino == 0xeffffffc:          # PROC_PID_INIT_INO, include/linux/proc_ns.h
-        return {"PIDNS": 0}
-    if KERNEL >= (5, 7):
-        return {"PIDNS": namespace.st_ino, "PIDNS_DEV": os.minor(namespace.st_dev)}
-    print("%s: before Linux 5.7 the PIDs are the host's, not this PID namespace's" % PROGRAM, file=sys.stderr)
-    return {"PIDNS": 0}
+    is_initial = namespace.st_ino == 0xeffffffc         # PROC_PID_INIT_INO, include/linux/proc_ns.h
+    if KERNEL < (5, 7) and not is_initial:
+        print("%s: before Linux 5.7 the PIDs are the host's, not this PID namespace's" % PROGRAM, file=sys.stderr)
+    return {"PIDNS": 0 if is_initial or KERNEL < (5, 7) else namespace.st_ino, "PIDNS_DEV": os.minor(namespace.st_dev)}
 
 
 def cflags(args):

@@ -116,6 +116,14 @@ BPF_RINGBUF_OUTPUT(events, RING_PAGES);
 BPF_PERF_OUTPUT(events);
 #endif
 
+static inline void count_lost(int what)
+{
+    u64 *n = lost.lookup(&what);
+
+    if (n)
+        __sync_fetch_and_add(n, 1);
+}
+
 /*
  * The kernel skips a program that is already running on this CPU (since 6.1): the events of a softirq that interrupts
  * it would be lost, and on 7.2 those of a process that preempts it. So a tracepoint has two programs, and the second
@@ -141,7 +149,7 @@ static inline bool is_mine(u64 event, bool first)
         return true;
     }
     if (m->top != event && m->below != event) {
-        lost.atomic_increment(RESCUED);
+        count_lost(RESCUED);
         return true;
     }
     if (m->top == event)
@@ -198,7 +206,7 @@ static inline void submit(void *ctx, struct event *e)
 #else
     if (events.perf_submit(ctx, e, sizeof(*e)))
 #endif
-        lost.atomic_increment(LOST_EVENT);
+        count_lost(LOST_EVENT);
 }
 
 /* Only for use where the current process is known to be the one that uses the socket. */
@@ -234,7 +242,7 @@ static inline void birth(struct sock *sk, bool active)
         set_owner(&s.owner);
     err = sessions.insert(&sk, &s);
     if (err && err != -EEXIST)  /* exists: both ends called connect(), or accept() saw it first (TCP Fast Open) */
-        lost.atomic_increment(LOST_SESSION);
+        count_lost(LOST_SESSION);
 }
 
 /* A new socket: an older session at this address has missed its end. */
@@ -242,7 +250,7 @@ static inline void forget(struct sock *sk)
 {
     /* lookup() takes no lock, delete() does */
     if ((sessions.lookup(&sk) && !sessions.delete(&sk)) || (unclaimed.lookup(&sk) && !unclaimed.delete(&sk)))
-        lost.atomic_increment(LOST_END);
+        count_lost(LOST_END);
 }
 
 /* A kernel thread closes for others: MPTCP's worker, io_uring's, the collector of Unix sockets. */
@@ -279,7 +287,7 @@ static inline void death(void *ctx, struct sock *sk)
     e.rx = READ((struct tcp_sock *)sk, bytes_received);
     if (!e.owner.pid) {
         if (unclaimed.update(&sk, &e))
-            lost.atomic_increment(LOST_UNCLAIMED);
+            count_lost(LOST_UNCLAIMED);
     } else if (!FILTER_PID || e.owner.pid == FILTER_PID) {
         submit(ctx, &e);
     }
@@ -404,7 +412,6 @@ int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(
 
 # struct event, behind the ring buffer's own header of a record (length and flags, page offset)
 RECORD = struct.Struct("=8xQQQQ20sI16s16sHH4x")
-V4MAPPED = bytes(10) + b"\xff\xff"
 NAMES = "PID", "COMM", "IP", "LADDR", "LPORT", "RADDR", "RPORT", "TX_KB", "RX_KB", "MS"
 NARROW = "%-5s %-10.10s %.0s%-15s %-5s %-15s %-5s %5s %5s %s\n"         # without IP
 WIDE = "%-7s %-16s %-2s %-39s %-5s %-39s %-5s %5s %5s %s\n"
@@ -415,8 +422,7 @@ JSON = ('{"ts":%.6f,%s,"ip":%d,"laddr":"%s","lport":%d,"raddr":"%s","rport":%d,"
 def number(low, high, kind=int):
     """Returns a converter for argparse: a number from low to high in plain digits, as an int or a float."""
     def number(text):
-        plain = text.isascii() and text.replace(".", "", kind is float).isdecimal()
-        if not plain or not low <= kind(text) <= high:
+        if not re.fullmatch(r"\d+" if kind is int else r"\d*\.?\d+", text, re.A) or not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError("not a number from %s to %s: %r" % (low, high, text))
         return kind(text)
     return number
@@ -484,12 +490,10 @@ def port_condition(ports):
 def pid_namespace():
     """Returns macros for the PID namespace in which the tool runs: 0 for the initial one."""
     namespace = os.stat("/proc/self/ns/pid")
-    if namespace.st_ino == 0xeffffffc:          # PROC_PID_INIT_INO, include/linux/proc_ns.h
-        return {"PIDNS": 0}
-    if KERNEL >= (5, 7):
-        return {"PIDNS": namespace.st_ino, "PIDNS_DEV": os.minor(namespace.st_dev)}
-    print("%s: before Linux 5.7 the PIDs are the host's, not this PID namespace's" % PROGRAM, file=sys.stderr)
-    return {"PIDNS": 0}
+    is_initial = namespace.st_ino == 0xeffffffc         # PROC_PID_INIT_INO, include/linux/proc_ns.h
+    if KERNEL < (5, 7) and not is_initial:
+        print("%s: before Linux 5.7 the PIDs are the host's, not this PID namespace's" % PROGRAM, file=sys.stderr)
+    return {"PIDNS": 0 if is_initial or KERNEL < (5, 7) else namespace.st_ino, "PIDNS_DEV": os.minor(namespace.st_dev)}
 
 
 def cflags(args):
@@ -606,7 +610,7 @@ def losses(bpf):
 @functools.lru_cache(maxsize=1024)
 def address(packed):
     """Returns the text of 16 bytes, in which IPv4 is ::ffff:a.b.c.d."""
-    if packed.startswith(V4MAPPED):
+    if packed.startswith(bytes(10) + b"\xff\xff"):
         return socket.inet_ntop(socket.AF_INET, packed[12:])
     return socket.inet_ntop(socket.AF_INET6, packed)
 

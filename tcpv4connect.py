@@ -91,6 +91,14 @@ BPF_RINGBUF_OUTPUT(events, RING_PAGES);
 BPF_PERF_OUTPUT(events);
 #endif
 
+static inline void count_lost(int what)
+{
+    u64 *n = lost.lookup(&what);
+
+    if (n)
+        __sync_fetch_and_add(n, 1);
+}
+
 /*
  * The kernel skips a program that is already running on this CPU (since 6.1): the events of a softirq that interrupts
  * it would be lost, and on 7.2 those of a process that preempts it. So a tracepoint has two programs, and the second
@@ -116,7 +124,7 @@ static inline bool is_mine(u64 event, bool first)
         return true;
     }
     if (m->top != event && m->below != event) {
-        lost.atomic_increment(RESCUED);
+        count_lost(RESCUED);
         return true;
     }
     if (m->top == event)
@@ -176,7 +184,7 @@ static inline void state_change(void *ctx, struct sock *sk, int oldstate, int ne
 #else
     if (events.perf_submit(ctx, &e, sizeof(e)))
 #endif
-        lost.atomic_increment(LOST_EVENT);
+        count_lost(LOST_EVENT);
 }
 
 static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
@@ -199,6 +207,7 @@ int kprobe_set_state(struct pt_regs *ctx, struct sock *sk, int newstate)
 
 # struct event, behind the ring buffer's own header of a record (length and flags, page offset)
 RECORD = struct.Struct("=8xQ20sII4s4sH2x")
+ipv4 = functools.lru_cache(maxsize=1024)(socket.inet_ntoa)
 TEXT = "%-6s %-12.12s %-16s %-16s %s\n"
 JSON = '{"ts":%.6f,%s,"uid":%d,"ip":4,"saddr":"%s","daddr":"%s","dport":%d,"netns":%d}\n'
 
@@ -206,15 +215,10 @@ JSON = '{"ts":%.6f,%s,"uid":%d,"ip":4,"saddr":"%s","daddr":"%s","dport":%d,"netn
 def number(low, high, kind=int):
     """Returns a converter for argparse: a number from low to high in plain digits, as an int or a float."""
     def number(text):
-        plain = text.isascii() and text.replace(".", "", kind is float).isdecimal()
-        if not plain or not low <= kind(text) <= high:
+        if not re.fullmatch(r"\d+" if kind is int else r"\d*\.?\d+", text, re.A) or not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError("not a number from %s to %s: %r" % (low, high, text))
         return kind(text)
     return number
-
-
-def ports(text):
-    return [number(1, 65535)(port) for port in text.split(",")]
 
 
 def process(text):
@@ -247,7 +251,8 @@ def parse_args(argv=None):
     add("-T", "--time", action="store_true", help="include time column on output (HH:MM:SS)")
     add("-U", "--print-uid", action="store_true", help="include UID on output")
     add("-u", "--uid", type=number(0, 0xffffffff), help="trace this UID only")
-    add("-P", "--port", type=ports, help="comma-separated list of destination ports to trace.")
+    add("-P", "--port", type=lambda text: [number(1, 65535)(port) for port in text.split(",")],
+        help="comma-separated list of destination ports to trace.")
     add("--json", action="store_true", help="print one JSON object per line, with exact times")
     add("--netns", type=netns, help="trace this network namespace only: inode number, path or name")
     add("--duration", metavar="SECONDS", type=number(0.001, 1e9, float), help="exit after this many seconds")
@@ -261,12 +266,10 @@ def parse_args(argv=None):
 def pid_namespace():
     """Returns macros for the PID namespace in which the tool runs: 0 for the initial one."""
     namespace = os.stat("/proc/self/ns/pid")
-    if namespace.st_ino == 0xeffffffc:          # PROC_PID_INIT_INO, include/linux/proc_ns.h
-        return {"PIDNS": 0}
-    if KERNEL >= (5, 7):
-        return {"PIDNS": namespace.st_ino, "PIDNS_DEV": os.minor(namespace.st_dev)}
-    print("%s: before Linux 5.7 the PIDs are the host's, not this PID namespace's" % PROGRAM, file=sys.stderr)
-    return {"PIDNS": 0}
+    is_initial = namespace.st_ino == 0xeffffffc         # PROC_PID_INIT_INO, include/linux/proc_ns.h
+    if KERNEL < (5, 7) and not is_initial:
+        print("%s: before Linux 5.7 the PIDs are the host's, not this PID namespace's" % PROGRAM, file=sys.stderr)
+    return {"PIDNS": 0 if is_initial or KERNEL < (5, 7) else namespace.st_ino, "PIDNS_DEV": os.minor(namespace.st_dev)}
 
 
 def cflags(args):
@@ -356,9 +359,6 @@ def losses(bpf):
             with open("/proc/self/fdinfo/%d" % function.fd) as info:
                 skipped += sum(int(n) for n in re.findall(r"recursion_misses:\s*(\d+)", info.read()))
     return dict(zip(LOSSES, [*counts, skipped - rescued]))
-
-
-ipv4 = functools.lru_cache(maxsize=1024)(socket.inet_ntoa)
 
 
 @functools.lru_cache(maxsize=1024)
