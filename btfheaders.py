@@ -158,8 +158,8 @@ def new_dump(lib, btf, emit):
 def declarations(names):
     """Return C declarations of the named kernel types and of everything they consist of.
 
-    For each name that the kernel has, a macro BTF_HAS_<name> is defined, and nothing else for one of BCC_FUNCTIONS. Other
-    names are left out. Raises OSError if the kernel has no BTF or libbpf is missing.
+    For each name that the kernel has, a macro BTF_HAS_<name> is defined, and nothing else for one of BCC_FUNCTIONS.
+    Other names are left out. Raises OSError if the kernel has no BTF or libbpf is missing.
     """
     if not os.path.exists(VMLINUX_BTF):
         raise OSError("this kernel has no BTF (%s)" % VMLINUX_BTF)
@@ -346,8 +346,13 @@ def explained(error, output, no_types):
         return OSError("no kernel types (%s): install linux-headers-%s (Debian, Ubuntu) or kernel-devel (Fedora, RHEL)"
                        % (no_types[0], os.uname().release))
     reasons = [line.strip() for line in output if re.search("error:|fail|denied|not permitted|unable|such", line, re.I)]
-    if reasons and isinstance(error, Exception):
-        error.args = ("%s: %s" % (error, reasons[0]),)
+    with contextlib.suppress(OSError), open("/sys/kernel/security/lockdown") as file:
+        if "[confidentiality]" in file.read():
+            reasons.insert(0, "the kernel is in lockdown (confidentiality) and lets nobody read its memory")
+    if os.geteuid():
+        reasons.append("needs root, or the capabilities that the manual page names")
+    if isinstance(error, Exception):
+        error.args = (": ".join([str(error), *reasons[:1], *reasons[1:][-1:]]),)
     return error
 
 
