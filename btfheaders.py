@@ -265,7 +265,7 @@ def compiled(types, compile_it):
     compile_it runs in a thread, with a mount namespace of its own if CAP_SYS_ADMIN allows it. It must not look up
     kernel symbols there: bcc would keep the short list that it finds.
     """
-    results, errors, no_types, finished = [], [], [], threading.Event()
+    results, errors, no_types = [], [], []
 
     def work():
         try:
@@ -278,17 +278,12 @@ def compiled(types, compile_it):
                 results.append(compile_it())
         except BaseException as error:
             errors.append(error)
-        finished.set()
 
     threading.stack_size(COMPILER_STACK)
     thread = threading.Thread(target=work)
     with captured_output() as output:
         thread.start()
-        try:
-            finished.wait()
-        finally:
-            finished.wait()     # after a KeyboardInterrupt too: the thread still needs what surrounds it
-    thread.join()
+        thread.join()
     if errors:
         raise explained(errors[0], output, no_types)
     release_compiler_memory()
@@ -345,14 +340,13 @@ def explained(error, output, no_types):
             return OSError("no kernel headers in BCC_KERNEL_SOURCE (%s)" % os.environ.get("BCC_KERNEL_SOURCE"))
         return OSError("no kernel types (%s): install linux-headers-%s (Debian, Ubuntu) or kernel-devel (Fedora, RHEL)"
                        % (no_types[0], os.uname().release))
-    reasons = [line.strip() for line in output if re.search("error:|fail|denied|not permitted|unable|such", line, re.I)]
+    lines = [line.strip() for line in output if re.search("error:|fail|denied|not permitted|unable|such", line, re.I)]
+    reasons = lines[:1] + ["needs root, or the capabilities that the manual page names"] * bool(os.geteuid())
     with contextlib.suppress(OSError), open("/sys/kernel/security/lockdown") as file:
         if "[confidentiality]" in file.read():
-            reasons.insert(0, "the kernel is in lockdown (confidentiality) and lets nobody read its memory")
-    if os.geteuid():
-        reasons.append("needs root, or the capabilities that the manual page names")
+            reasons = ["the kernel is in lockdown (confidentiality) and lets nobody read its memory"]
     if isinstance(error, Exception):
-        error.args = (": ".join([str(error), *reasons[:1], *reasons[1:][-1:]]),)
+        error.args = (": ".join([str(error), *reasons]),)
     return error
 
 
