@@ -32,30 +32,51 @@ VMLINUX_BTF = "/sys/kernel/btf/vmlinux"
 # What bcc needs, whatever the program is: a type for its own headers, and two functions whose presence it checks.
 BCC_TYPES = ["pt_regs"]
 BCC_FUNCTIONS = ["bpf_probe_read_kernel", "bpf_probe_read_user"]
-# What networking and scheduling tools usually look at; for the command line.
+# For the command line: what bcc's own tools look at.
 COMMON_TYPES = """
-    tcp_sock tcp6_sock udp_sock inet_timewait_sock inet_bind_bucket mptcp_sock net sk_buff iphdr ipv6hdr tcphdr udphdr
-    sockaddr_in sockaddr_in6 task_struct signal_struct nsproxy files_struct fdtable file socket
+    bio blk_opf_t block_device bpf_perf_event_data cmsghdr compact_control compact_priority compact_result cred dentry
+    dev_t device_driver dst_entry fd fdtable file file_operations files_struct fs_struct gendisk gfp_t iattr icmphdr
+    inet_bind_bucket inet_request_sock inet_timewait_sock inode iov_iter iovec iphdr ipv6hdr irq_desc irqaction key
+    kiocb kmem_cache linux_binprm loff_t mm_struct mptcp_sock msghdr net net_device nfs_inode nsproxy oom_control
+    open_how page path perf_event pglist_data pid pid_namespace qstr req_op req_opf request request_queue request_sock
+    rq scatterlist signal_struct sk_buff skb_drop_reason sock_type sockaddr_in sockaddr_in6 sockaddr_un socket
+    super_block task_struct tcp6_sock tcp_ca_state tcp_request_sock tcp_skb_cb tcp_sock tcphdr timespec64 tty_struct
+    udp_sock udphdr umode_t unix_sock upid user_msghdr user_namespace uts_namespace vfsmount virtio_device virtqueue
+    vm_area_struct zone
 """.split()
 
-# Each of these becomes a line that includes vmlinux.h: what bcc's own headers include, and what tools include.
-HEADERS = """
-    asm/page.h asm/types.h linux/bpf_common.h linux/fdtable.h linux/fs.h linux/in.h linux/in6.h linux/ip.h linux/ipv6.h
-    linux/log2.h linux/mount.h linux/net.h linux/netdevice.h linux/ns_common.h linux/nsproxy.h linux/sched.h
-    linux/sched/signal.h linux/skbuff.h linux/socket.h linux/tcp.h linux/types.h linux/udp.h net/inet_connection_sock.h
-    net/inet_hashtables.h net/inet_sock.h net/ip.h net/ipv6.h net/net_namespace.h net/request_sock.h net/sock.h
-    net/tcp.h net/tcp_states.h uapi/linux/bpf_perf_event.h uapi/linux/if_ether.h uapi/linux/if_packet.h
-    uapi/linux/in.h uapi/linux/in6.h uapi/linux/ip.h uapi/linux/ipv6.h uapi/linux/ptrace.h uapi/linux/tcp.h
-    uapi/linux/types.h uapi/linux/udp.h
-""".split()
+# Each of these becomes a file that includes vmlinux.h: what bcc's headers and its tools include.
+HEADERS = {
+    "asm": "page types",
+    "linux": """
+        bio blk-mq blk_types blkdev bpf bpf_common compaction cred dcache delay errno ethtool fcntl fdtable fs fs_struct
+        icmp if_ether if_packet if_vlan in in6 init_task interrupt ip ipv6 irq irqdesc kasan kernel log2 mm mm_types
+        mmzone mount net netdevice nfs_fs ns_common nsproxy oom pid pid_namespace ptrace sched security skbuff slab
+        slab_def slub_def socket stat stddef string tcp time time64 topology types uaccess udp uio un utsname virtio
+        workqueue""",
+    "linux/sched": "signal task",
+    "net": "inet_connection_sock inet_hashtables inet_sock ip ipv6 net_namespace request_sock sock tcp tcp_states udp",
+    "uapi/linux": "bpf_perf_event if_ether if_packet in in6 ip ipv6 limits openat2 ptrace sched tcp types udp un",
+}
 
-# BTF has no macros and cannot be asked for an enum without a name: constants that user space relies on, so they are the
-# same in every kernel.
+# BTF has no macros, and an enum without a name cannot be looked up. So here are constants that have the same value in
+# every kernel, most of them since user space relies on it.
+CONSTANTS = """
+    AF_INET6=10 AF_INET=2 AF_UNIX=1 BITS_PER_LONG=(8*sizeof(long)) CONFIG_BPF_SYSCALL=1 DISK_NAME_LEN=32
+    DNAME_INLINE_LEN=32 E2BIG=7 EEXIST=17 EINVAL=22 ENOENT=2 ENOMEM=12 EPERM=1 ETH_ALEN=6 ETH_HLEN=14 ETH_P_ARP=0x806
+    ETH_P_IP=0x800 ETH_P_IPV6=0x86dd false=0 FMODE_CREATED=0x100000 IFNAMSIZ=16 IPPROTO_ICMP=1 IPPROTO_MPTCP=262
+    IPPROTO_TCP=6 IPPROTO_UDP=17 NAME_MAX=255 NULL=((void*)0) PAGE_OFFSET=0xffff000000000000 PATH_MAX=4096
+    REQ_OP_MASK=0xff SCM_RIGHTS=1 TASK_COMM_LEN=16 TASK_RUNNING=0 true=1
+""".split()
+# Members of struct sock_common that kernel sources call sk_<name>, or inet_<name> with a struct inet_sock.
+SOCK_MEMBERS = "bound_dev_if daddr dport family hash net num prot rcv_saddr reuse state v6_daddr v6_rcv_saddr".split()
+INET_MEMBERS = "daddr dport num rcv_saddr".split()
 BEFORE = """\
-#define CONFIG_BPF_SYSCALL 1
 #define __aligned_u64 __u64 __attribute__((aligned(8)))
+#define __always_inline inline __attribute__((always_inline))
+#define __user
 typedef signed char __s8, s8;
-typedef unsigned char __u8, u8;
+typedef unsigned char __u8, u8, u_int8_t;
 typedef short __s16, s16;
 typedef unsigned short __u16, u16;
 typedef int __s32, s32;
@@ -68,29 +89,24 @@ typedef __u64 __be64;
 typedef unsigned long uintptr_t, size_t;
 typedef long ssize_t;
 typedef _Bool bool;
-#define NULL ((void *)0)
-#define true 1
-#define false 0
 """
 AFTER = """\
 struct sockaddr;
 enum { TCP_ESTABLISHED = 1, TCP_SYN_SENT, TCP_SYN_RECV, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_TIME_WAIT, TCP_CLOSE,
        TCP_CLOSE_WAIT, TCP_LAST_ACK, TCP_LISTEN, TCP_CLOSING, TCP_NEW_SYN_RECV };
-#define TASK_COMM_LEN 16
-#define AF_UNIX 1
-#define AF_INET 2
-#define AF_INET6 10
-#define IPPROTO_TCP 6
-#define IPPROTO_UDP 17
-#define IPPROTO_MPTCP 262
-#define EPERM 1
-#define ENOENT 2
-#define E2BIG 7
-#define ENOMEM 12
-#define EEXIST 17
-#define BITS_PER_LONG (8 * sizeof(long))
-#define PAGE_SHIFT %d
 #define PAGE_SIZE (1UL << PAGE_SHIFT)
+#define offsetof(type, member) __builtin_offsetof(type, member)
+#define container_of(pointer, type, member) ((type *)((char *)(pointer) - offsetof(type, member)))
+#define roundup_pow_of_two(n) ((n) <= 1 ? 1UL : 1UL << (64 - __builtin_clzl((n) - 1)))
+#define min(a, b) ((a) < (b) ? (a) : (b))
+#define unlikely(x) __builtin_expect(!!(x), 0)
+#define S_ISREG(mode) (((mode) & 0170000) == 0100000)
+#define S_ISSOCK(mode) (((mode) & 0170000) == 0140000)
+#define TCP_SKB_CB(skb) ((struct tcp_skb_cb *)(skb)->cb)
+#define tcp_sk(sk) ((struct tcp_sock *)(sk))
+#define inet_sk(sk) ((struct inet_sock *)(sk))
+#define skb_rx_queue_recorded(skb) ((skb)->queue_mapping != 0)
+#define skb_get_rx_queue(skb) ((skb)->queue_mapping - 1)
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 #define ntohs(x) __builtin_bswap16(x)
 #define ntohl(x) __builtin_bswap32(x)
@@ -142,8 +158,8 @@ def new_dump(lib, btf, emit):
 def declarations(names):
     """Return C declarations of the named kernel types and of everything they consist of.
 
-    For each name that the kernel has, a macro BTF_HAS_<name> is defined; the others are left out. A function gets the
-    macro only. Raises OSError if the kernel has no BTF or libbpf is missing.
+    For each name that the kernel has, a macro BTF_HAS_<name> is defined, and nothing else for one of BCC_FUNCTIONS. Other
+    names are left out. Raises OSError if the kernel has no BTF or libbpf is missing.
     """
     if not os.path.exists(VMLINUX_BTF):
         raise OSError("this kernel has no BTF (%s)" % VMLINUX_BTF)
@@ -160,35 +176,58 @@ def declarations(names):
     if not btf or btf > 2 ** 64 - 4096:     # libbpf before 1.0 returns an error as a pointer
         raise OSError("libbpf cannot read %s" % VMLINUX_BTF)
     dump = new_dump(lib, btf, emit)
-    for name in names:
-        for kind in (STRUCT, UNION, ENUM, TYPEDEF, FUNC):
-            type_id = lib.btf__find_by_name_kind(btf, name.encode(), kind)
+    for name in filter(None, names):
+        for kind in (FUNC,) if name in BCC_FUNCTIONS else (STRUCT, UNION, ENUM, TYPEDEF):
+            type_id = lib.btf__find_by_name_kind(btf, os.fsencode(name), kind)
             if type_id > 0:
                 if kind != FUNC:
                     lib.btf_dump__dump_type(dump, type_id)
-                text.append(b"#define BTF_HAS_%s 1\n" % name.encode())
+                text.append(b"#define BTF_HAS_%s 1\n" % os.fsencode(name))
                 break
     lib.btf_dump__free(dump)
     lib.btf__free(btf)
     # libbpf writes padding as bit fields. LLVM takes a run of them for one large integer, aligned wrongly: split it.
-    return b"".join(text).decode().replace("long: 64;", "long: 64, : 0;")
+    return without_tagged_members(b"".join(text).decode().replace("long: 64;", "long: 64, : 0;"))
+
+
+def without_tagged_members(text):
+    """Return the text with each `struct name;` among a struct's members replaced by the members of that struct.
+
+    Linux has such members since 6.19, and compiles with -fms-extensions. bcc does since 0.37.
+    """
+    def members(match):
+        body = re.search(r"^%s %s (\{$.*?^\}.*?;)$" % match.groups(), text, re.MULTILINE | re.DOTALL)
+        return "\t%s %s" % (match[1], body[1]) if body else match[0]
+    before = None
+    while text != before:
+        before, text = text, re.sub(r"^\t+(struct|union) (\w+);$", members, text, flags=re.MULTILINE)
+    return text
 
 
 def write_tree(root, types):
     """Write the tree for these types below the directory root. Returns the text of the types; raises OSError."""
     version = (re.findall(r"\d+", os.uname().release) + ["0", "0"])[:3]
-    files = dict.fromkeys(HEADERS, "#include <vmlinux.h>\n")
-    files["uapi/linux/bpf.h"] = files["linux/kconfig.h"] = ""       # bcc brings a bpf.h of its own
-    files["linux/version.h"] = ("#define KERNEL_VERSION(a, b, c) (((a) << 16) + ((b) << 8) + ((c) > 255 ? 255 : (c)))\n"
-                                "#define LINUX_VERSION_CODE KERNEL_VERSION(%s, %s, %s)\n" % tuple(version))
-    files["vmlinux.h"] = "#pragma once\n#define BTF_HEADERS 1\n%s%s%s" % (
-        BEFORE, declarations(BCC_TYPES + BCC_FUNCTIONS + list(types)), AFTER % (mmap.PAGESIZE.bit_length() - 1))
-    for name, text in files.items():
-        path = os.path.join(root, "include", name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "w") as file:
-            file.write(text)
-    return files["vmlinux.h"]
+    macros = [constant.replace("=", " ", 1) for constant in CONSTANTS]
+    macros += ["sk_%s __sk_common.skc_%s" % (name, name) for name in SOCK_MEMBERS]
+    macros += ["inet_%s sk.__sk_common.skc_%s" % (name, name) for name in INET_MEMBERS]
+    macros += ["PAGE_SHIFT %d" % (mmap.PAGESIZE.bit_length() - 1), "BTF_HEADERS 1"]
+    text = declarations(BCC_TYPES + BCC_FUNCTIONS + list(types))
+    header = os.path.join(root, "include/vmlinux.h")
+    if os.path.lexists(os.path.dirname(header)):
+        with open(header, errors="replace") as file:
+            if "#define BTF_HEADERS" not in file.read():
+                raise FileExistsError("%s is not from btfheaders: give another directory" % header)
+    files = {"vmlinux": "#pragma once\n" + BEFORE + text + "".join("#define %s\n" % macro for macro in macros) + AFTER}
+    for directory, names in HEADERS.items():
+        os.makedirs(os.path.join(root, "include", directory), exist_ok=True)
+        files.update(("%s/%s" % (directory, name), "#include <vmlinux.h>\n") for name in names.split())
+    files["uapi/linux/bpf"] = files["linux/kconfig"] = ""       # bcc brings a bpf.h of its own
+    files["linux/version"] = ("#define KERNEL_VERSION(a, b, c) (((a) << 16) + ((b) << 8) + ((c) > 255 ? 255 : (c)))\n"
+                              "#define LINUX_VERSION_CODE KERNEL_VERSION(%s, %s, %s)\n" % tuple(version))
+    for name, content in files.items():
+        with open(os.path.join(root, "include", name + ".h"), "w") as file:
+            file.write(content)
+    return text
 
 
 @contextlib.contextmanager
@@ -202,8 +241,14 @@ def kernel_source(types, directory=None):
         return
     with contextlib.ExitStack() as stack:
         if not directory:
-            import tempfile         # takes 3 ms, and root does not need it
+            import glob         # takes 3 ms together, and root does not need it
+            import shutil
+            import tempfile
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="btfheaders-"))
+            for old in glob.glob(os.path.join(os.path.dirname(directory), "btfheaders-*")):
+                with contextlib.suppress(OSError):      # what kill -9 has left, an hour ago or more
+                    if os.stat(directory).st_mtime - os.lstat(old).st_mtime > 3600:
+                        shutil.rmtree(old)
         text = write_tree(directory, types)
         os.environ["BCC_KERNEL_SOURCE"] = directory
         stack.callback(os.environ.pop, "BCC_KERNEL_SOURCE")
@@ -295,7 +340,9 @@ def captured_output():
 
 def explained(error, output, no_types):
     """Return the exception with the reason for it that bcc has printed: its own messages seldom say why."""
-    if no_types and any("Unable to find kernel headers" in line for line in output):
+    if any("Unable to find kernel headers" in line for line in output):
+        if not no_types:
+            return OSError("no kernel headers in BCC_KERNEL_SOURCE (%s)" % os.environ.get("BCC_KERNEL_SOURCE"))
         return OSError("no kernel types (%s): install linux-headers-%s (Debian, Ubuntu) or kernel-devel (Fedora, RHEL)"
                        % (no_types[0], os.uname().release))
     reasons = [line.strip() for line in output if re.search("error:|fail|denied|not permitted|unable|such", line, re.I)]
@@ -325,14 +372,17 @@ def main():
     args = parser.parse_args()
     types = args.types.split(",") if args.types else COMMON_TYPES
     try:
-        if args.directory:
-            write_tree(args.directory, types)
-        else:
-            print(declarations(types), end="", flush=True)
+        with captured_output():
+            text = write_tree(args.directory, types) if args.directory else declarations(types)
+        if not args.directory:
+            print(text, end="", flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         sys.exit("btfheaders: %s" % error)
+    missing = [name for name in types if args.types and "BTF_HAS_%s " % name not in text]
+    if missing:
+        sys.exit("btfheaders: this kernel does not have %s" % ", ".join(map(repr, missing)))
 
 
 if __name__ == "__main__":

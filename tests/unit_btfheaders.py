@@ -31,7 +31,8 @@ class Tree(unittest.TestCase):
         self.assertEqual(btfheaders.declarations(["no_such_type"]), "")
 
     def test_a_function_has_no_declaration(self):
-        self.assertEqual(btfheaders.declarations(["tcp_v4_connect"]), "#define BTF_HAS_tcp_v4_connect 1\n")
+        with mock.patch.object(btfheaders, "BCC_FUNCTIONS", ["tcp_v4_connect"]):
+            self.assertEqual(btfheaders.declarations(["tcp_v4_connect"]), "#define BTF_HAS_tcp_v4_connect 1\n")
 
     def test_set_and_unset(self):
         with btfheaders.kernel_source(TYPES):
@@ -52,18 +53,68 @@ class Tree(unittest.TestCase):
             raise KeyError
         self.assertFalse(os.path.exists(path))
 
-    def test_command(self):
-        command = [live.PYTHON, live.ROOT / "btfheaders.py"]
-        with tempfile.TemporaryDirectory() as folder:
-            subprocess.run([*command, folder], check=True)
-            self.assertTrue(os.path.exists(folder + "/include/linux/version.h"))
-        printed = subprocess.run([*command, "-t", "tcphdr"], check=True, capture_output=True, text=True).stdout
-        self.assertIn("struct tcphdr {", printed)
-        failed = subprocess.run([*command, "/proc/nowhere"], capture_output=True, text=True, check=False)
-        self.assertEqual((failed.returncode, failed.stderr.count("\n")), (1, 1))
+    def test_left_by_a_process_that_was_killed(self):
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(tempfile, "tempdir", folder):
+            ages = {"btfheaders-old": 4000, "btfheaders-new": 10, "other": 4000}
+            for name, age in ages.items():
+                os.makedirs(os.path.join(folder, name, "include"))
+                os.utime(os.path.join(folder, name), (time.time() - age,) * 2)
+            with btfheaders.kernel_source(TYPES):
+                self.assertNotIn("btfheaders-old", os.listdir(folder))
+            self.assertEqual(sorted(os.listdir(folder)), ["btfheaders-new", "other"])
+
+
+@unittest.skipUnless(HAS_BTF, "needs a kernel with BTF")
+class Command(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+
+    def run_it(self, *args):
+        run = subprocess.run([live.PYTHON, live.ROOT / "btfheaders.py", *args], capture_output=True, text=True,
+                             check=False)
+        return run.returncode, run.stdout, run.stderr
+
+    def test_prints_types(self):
+        status, out, err = self.run_it("-t", "tcphdr")
+        self.assertIn("struct tcphdr {", out)
+        self.assertEqual((status, err), (0, ""))
+
+    def test_makes_a_tree_and_makes_it_anew(self):
+        for _ in range(2):
+            self.assertEqual(self.run_it(self.folder), (0, "", ""))
+            self.assertTrue(os.path.exists(self.folder + "/include/linux/version.h"))
+
+    def test_leaves_other_headers_alone(self):
+        mine = pathlib.Path(self.folder, "include/linux/tcp.h")
+        mine.parent.mkdir(parents=True)
+        mine.write_text("mine")
+        for _ in range(2):
+            status, _, err = self.run_it(self.folder)
+            self.assertEqual((status, err.count("\n"), mine.read_text()), (1, 1, "mine"))
+            (mine.parent.parent / "vmlinux.h").write_text("mine too")
+
+    def test_cannot_write(self):
+        status, _, err = self.run_it("/proc/nowhere")
+        self.assertEqual((status, err.count("\n")), (1, 1))
+
+    def test_names_that_the_kernel_lacks(self):
+        for names in "tpchdr", "tcphdr,tpchdr", "tcphdr,,", os.fsdecode(b"\xff"):
+            status, out, err = self.run_it("-t", names)
+            self.assertEqual((status, err.count("\n"), "struct tcphdr {" in out), (1, 1, "tcphdr" in names))
+            self.assertRegex(err, "^btfheaders: this kernel does not have ")
 
 
 class Missing(unittest.TestCase):
+    @unittest.skipUnless(MAY_MOUNT, "needs CAP_SYS_ADMIN")
+    def test_an_empty_btf(self):
+        script = "mount --bind /dev/null %s && %s %s/btfheaders.py" % (
+            btfheaders.VMLINUX_BTF, live.PYTHON, live.ROOT)
+        run = subprocess.run(["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, check=False)
+        self.assertEqual((run.returncode, run.stdout, run.stderr),
+                         (1, "", "btfheaders: libbpf cannot read %s\n" % btfheaders.VMLINUX_BTF))
+
     def test_no_btf(self):
         with mock.patch.object(btfheaders, "VMLINUX_BTF", "/nonexistent"), self.assertRaises(OSError):
             btfheaders.declarations(TYPES)
@@ -72,6 +123,31 @@ class Missing(unittest.TestCase):
     def test_an_old_libbpf(self):
         with mock.patch("ctypes.CDLL", return_value=object()), self.assertRaisesRegex(OSError, "too old"):
             btfheaders.load_libbpf()
+
+
+class TaggedMembers(unittest.TestCase):
+    """Linux 6.19 has `struct name;` among the members of a struct."""
+    TEXT = "struct node {\n\tu64 id;\n};\n\nunion both {\n\tstruct node;\n\tu32 half;\n};\n\n" \
+           "struct common {\n\tu32 stashed;\n\tunion both;\n\tu32 inum;\n};\n\nstruct other;\n"
+
+    def test_written_out(self):
+        text = btfheaders.without_tagged_members(self.TEXT)
+        self.assertNotRegex(text, "\t(struct|union) [a-z]+;")
+        self.assertIn("struct other;", text)
+
+    def test_the_compiler_agrees(self):
+        program = "typedef unsigned int u32; typedef unsigned long long u64;\n%s\n" \
+                  "int main(void) { return !(__builtin_offsetof(struct common, inum) == 16 && " \
+                  "__builtin_offsetof(struct common, half) == 8); }\n"
+        with tempfile.TemporaryDirectory() as folder:
+            for text, right in (self.TEXT, False), (btfheaders.without_tagged_members(self.TEXT), True):
+                compiled = subprocess.run(["cc", "-w", "-x", "c", "-o", folder + "/a", "-"], input=program % text,
+                                          text=True, capture_output=True, check=False)
+                self.assertEqual(right, not compiled.returncode and not subprocess.call(folder + "/a"))
+
+    def test_an_unknown_name(self):
+        text = "struct common {\n\tstruct unknown;\n};\n"
+        self.assertEqual(btfheaders.without_tagged_members(text), text)
 
 
 def process_state():
@@ -190,6 +266,13 @@ class Compiled(unittest.TestCase):
                 error = self.fails(compile_it, OSError, "no kernel types")
                 self.assertEqual(str(error), "no kernel types (%s): install linux-headers-%s (Debian, Ubuntu) or "
                                              "kernel-devel (Fedora, RHEL)" % (why, os.uname().release))
+
+    def test_a_tree_of_the_user_that_is_none(self):
+        def compile_it():
+            ctypes.CDLL(None).printf(b"Unable to find kernel headers. Try something.\n")
+            raise Exception("Failed to compile BPF module <text>")
+        with mock.patch.dict(os.environ, BCC_KERNEL_SOURCE="/nonexistent"):
+            self.fails(compile_it, OSError, r"^no kernel headers in BCC_KERNEL_SOURCE \(/nonexistent\)$")
 
     def test_headers_instead(self):
         with mock.patch.object(btfheaders, "VMLINUX_BTF", "/nonexistent"):
