@@ -4,7 +4,7 @@
 #                For Linux, uses bcc, eBPF.
 #
 # usage: deeptcptracer [-h] [-p PID] [-t] [-K] [-s ADDRESS] [-d ADDRESS] [-S PORT] [-D PORT] [-N NETNS] [-e LIST | -R]
-#                      [-4 | -6] [--json] [--duration SECONDS] [--probes {tracepoint,kprobe}]
+#                      [-4 | -6] [--json] [--duration SECONDS] [--probes {tracepoint,kprobe}] [--ebpf]
 #
 # Prints one line per event: the process that owns the socket, the local and the remote address, the TCP state, the
 # socket's error; with -K the kernel stack below it.

@@ -4,7 +4,7 @@
 #           For Linux, uses bcc, eBPF.
 #
 # usage: tcpchurn [-h] [-c | --json] [-p] [-w SECONDS [SECONDS ...]] [-i SECONDS] [-a] [--netns NETNS]
-#                 [--duration SECONDS] [--probes {tracepoint,kprobe}] PID
+#                 [--duration SECONDS] [--probes {tracepoint,kprobe}] [--ebpf] PID
 #
 # O counts connections that the process opened: accept() calls that returned one, and connect() attempts. C counts those
 # that ended on this side: the process sent its FIN (close, shutdown, exit), or the connection was torn down (reset,

@@ -4,7 +4,7 @@
 #          For Linux, uses bcc, eBPF.
 #
 # usage: tcplife [-h] [-T] [-t] [-w | -s | --json] [-p PID] [-L LOCALPORT] [-D REMOTEPORT] [-4 | -6] [--netns NETNS]
-#                [--duration SECONDS] [--owner {accept,close}] [--probes {tracepoint,kprobe}]
+#                [--duration SECONDS] [--owner {accept,close}] [--probes {tracepoint,kprobe}] [--ebpf]
 #
 # Prints one line per finished session: the process that owns the socket, addresses, ports, bytes each way and
 # milliseconds. Both ends are shown when both are on this machine, and so is a connect that failed.

@@ -4,7 +4,7 @@
 #               For Linux, uses bcc, eBPF.
 #
 # usage: tcpv4connect [-h] [-t] [-p PID] [-T] [-U] [-u UID] [-P PORT] [--json] [--netns NETNS]
-#                     [--duration SECONDS] [--probes {tracepoint,kprobe}]
+#                     [--duration SECONDS] [--probes {tracepoint,kprobe}] [--ebpf]
 #
 # Prints one line for each active IPv4 connection that a process attempts; it may fail afterwards. IPv4 from an IPv6
 # socket (v4-mapped addresses) is shown too, IPv6 is not.
@@ -55,7 +55,7 @@ KERNEL = tuple(int(n) for n in re.findall("[0-9]+", os.uname().release)[:2])
 KERNEL_TYPES = ["tcp_sock", "net"]
 RING_PAGES = (4 << 20) // mmap.PAGESIZE if KERNEL >= (5, 8) else 0      # 4 MiB: a second of the fastest load measured
 PERF_PAGES = (1 << 20) // mmap.PAGESIZE         # per CPU, where there is no ring buffer
-HARMLESS = (b"_second", b"_first") if KERNEL < (7, 0) else b"_second"   # skipping these loses nothing
+HARMLESS = b"_second" if KERNEL >= (7, 0) else b""      # skipping programs of such names loses no connect
 LOSSES = ["connects lost: the ring buffer was full", "state changes lost: the kernel did not run the probe"]
 
 bpf_text = r"""
