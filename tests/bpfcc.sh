@@ -12,8 +12,8 @@ set -eu
 cd "$(dirname "$0")/.."
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
-network='bindsnoop gethostlatency mptcpify netqtop nfsdist nfsslower skbdrop sofdsnoop solisten sslsniff tcpaccept tcpcong
-    tcpconnect tcpconnlat tcpdrop tcplife tcpretrans tcprtt tcpstates tcpsubnet tcpsynbl tcptop tcptracer'
+network='bindsnoop gethostlatency mptcpify netqtop nfsdist nfsslower skbdrop sofdsnoop solisten sslsniff tcpaccept
+    tcpcong tcpconnect tcpconnlat tcpdrop tcplife tcpretrans tcprtt tcpstates tcpsubnet tcpsynbl tcptop tcptracer'
 
 path_of() {         # path_of TOOL: as Debian and Ubuntu, or as Fedora and bcc itself install it
     for path in "/usr/sbin/$1-bpfcc" "/usr/share/bcc/tools/$1"; do
