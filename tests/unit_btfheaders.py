@@ -178,13 +178,14 @@ class Compiled(unittest.TestCase):
             os.chdir("/")
             return (len(os.listdir("/sys/kernel/tracing/events")), len(os.listdir("/sys/kernel/debug/tracing/events")),
                     pathlib.Path("/proc/kallsyms").read_text())
-        with open("/proc/kallsyms", encoding="ascii") as kallsyms:
-            expected = {line.split()[2] for line in kallsyms} & set(btfheaders.BCC_FUNCTIONS)
         before = process_state()
         tracefs, debugfs, symbols = btfheaders.compiled(TYPES, compile_it)
         self.assertEqual(before[:5], process_state()[:5])
         self.assertTrue(tracefs and debugfs)
-        self.assertEqual({line.split()[2] for line in symbols.splitlines()}, expected)
+        if all("BTF_HAS_" + name in btfheaders.declarations([name]) for name in btfheaders.BCC_FUNCTIONS):
+            self.assertEqual([line.split()[2] for line in symbols.splitlines()], btfheaders.BCC_FUNCTIONS)
+        else:
+            self.assertGreater(symbols.count("\n"), 1000)
 
     @unittest.skipUnless(HAS_BTF and MAY_MOUNT, "needs BTF and CAP_SYS_ADMIN")
     def test_functions_that_btf_does_not_name(self):
