@@ -2,6 +2,7 @@
 import ctypes
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -33,6 +34,21 @@ class Tree(unittest.TestCase):
     def test_a_function_has_no_declaration(self):
         with mock.patch.object(btfheaders, "BCC_FUNCTIONS", ["tcp_v4_connect"]):
             self.assertEqual(btfheaders.declarations(["tcp_v4_connect"]), "#define BTF_HAS_tcp_v4_connect 1\n")
+
+    @unittest.skipUnless(os.geteuid() == 0, "needs root")
+    def test_sizes_are_those_of_the_btf(self):
+        import bcc
+        text, lib = btfheaders.declarations(btfheaders.COMMON_TYPES), btfheaders.load_libbpf()
+        lib.btf__type_by_id.restype = ctypes.POINTER(ctypes.c_uint32)       # struct btf_type: name, info, size
+        lib.btf__type_by_id.argtypes = [ctypes.c_void_p, ctypes.c_uint]
+        btf, asserts = lib.load_btf(), []
+        for kind, name in re.findall(r"^(struct|union) (\w+) \{$", text, re.MULTILINE):
+            number = btfheaders.STRUCT if kind == "struct" else btfheaders.UNION
+            size = lib.btf__type_by_id(btf, lib.btf__find_by_name_kind(btf, name.encode(), number))[2]
+            asserts.append('_Static_assert(sizeof(%s %s) == %d, "%s");' % (kind, name, size, name))
+        program = "\n".join(["#include <net/sock.h>", *asserts, "int program(void *ctx) { return 0; }"])
+        self.assertGreater(len(asserts), 100)
+        btfheaders.compiled(btfheaders.COMMON_TYPES, lambda: bcc.BPF(text=program)).cleanup()
 
     def test_set_and_unset(self):
         with btfheaders.kernel_source(TYPES):
