@@ -399,10 +399,17 @@ def attach_accept(bpf, args):
         bpf.attach_tracepoint(tp="syscalls:sys_exit_accept", fn_name=fn_name)
 
 
+def c_text(args):
+    """Returns the C text with bcc's function container_should_be_filtered(), if there is a bcc."""
+    with contextlib.suppress(ImportError):
+        from bcc.containers import filter_by_containers
+        return filter_by_containers(args) + bpf_text
+    return bpf_text
+
+
 def attach(bcc, args):
     """Returns the BPF object, compiled, loaded and attached."""
-    from bcc.containers import filter_by_containers
-    bpf = bcc.BPF(text=filter_by_containers(args) + bpf_text, cflags=cflags(args))
+    bpf = bcc.BPF(text=c_text(args), cflags=cflags(args))
     attach_accept(bpf, args)
     return bpf
 
@@ -556,7 +563,7 @@ def main():
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # for --help and --ebpf, which Python prints
         args = parse_args()
         if args.ebpf:
-            return print("/* %s */\n%s" % (" ".join(cflags(args)), bpf_text))
+            return print("/* %s */\n%s" % (" ".join(cflags(args)), c_text(args)))
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         trace(args, load(args))
     except BrokenPipeError:
