@@ -158,8 +158,8 @@ def new_dump(lib, btf, emit):
 def declarations(names):
     """Return C declarations of the named kernel types and of everything they consist of.
 
-    For each name that the kernel has, a macro BTF_HAS_<name> is defined, and nothing else for one of BCC_FUNCTIONS. Other
-    names are left out. Raises OSError if the kernel has no BTF or libbpf is missing.
+    For each name that the kernel has, a macro BTF_HAS_<name> is defined; for one of BCC_FUNCTIONS nothing else. The
+    other names are left out. Raises OSError if the kernel has no BTF or libbpf is missing.
     """
     if not os.path.exists(VMLINUX_BTF):
         raise OSError("this kernel has no BTF (%s)" % VMLINUX_BTF)
