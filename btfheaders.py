@@ -158,8 +158,8 @@ def new_dump(lib, btf, emit):
 def declarations(names):
     """Return C declarations of the named kernel types and of everything they consist of.
 
-    For each name that the kernel has, a macro BTF_HAS_<name> is defined; for one of BCC_FUNCTIONS nothing else. The
-    other names are left out. Raises OSError if the kernel has no BTF or libbpf is missing.
+    For each name that the kernel has, a macro BTF_HAS_<name> is defined, and nothing else for one of BCC_FUNCTIONS.
+    Other names are left out. Raises OSError if the kernel has no BTF or libbpf is missing.
     """
     if not os.path.exists(VMLINUX_BTF):
         raise OSError("this kernel has no BTF (%s)" % VMLINUX_BTF)
@@ -259,8 +259,7 @@ def compiled(types, compile_it):
     """Return what compile_it() returns: a function that compiles, loads and attaches a program with bcc.
 
     bcc finds the named kernel types in the kernel's BTF, or else in the installed headers. What it prints is held back,
-    and the compiler's memory is given back at the end. Raises OSError if there are no types. An exception of compile_it
-    is passed on; if bcc has printed a reason, its message has that too.
+    and the compiler's memory is given back at the end. Raises what compile_it raises, with the reason that bcc printed.
 
     compile_it runs in a thread, with a mount namespace of its own if CAP_SYS_ADMIN allows it. It must not look up
     kernel symbols there: bcc would keep the short list that it finds.
@@ -287,8 +286,7 @@ def compiled(types, compile_it):
         try:
             finished.wait()
         finally:
-            finished.wait()     # after a KeyboardInterrupt too: the thread still needs what surrounds it
-    thread.join()
+            thread.join()       # after a KeyboardInterrupt too: the thread still needs what surrounds it
     if errors:
         raise explained(errors[0], output, no_types)
     release_compiler_memory()
@@ -345,9 +343,13 @@ def explained(error, output, no_types):
             return OSError("no kernel headers in BCC_KERNEL_SOURCE (%s)" % os.environ.get("BCC_KERNEL_SOURCE"))
         return OSError("no kernel types (%s): install linux-headers-%s (Debian, Ubuntu) or kernel-devel (Fedora, RHEL)"
                        % (no_types[0], os.uname().release))
-    reasons = [line.strip() for line in output if re.search("error:|fail|denied|not permitted|unable|such", line, re.I)]
-    if reasons and isinstance(error, Exception):
-        error.args = ("%s: %s" % (error, reasons[0]),)
+    lines = [line.strip() for line in output if re.search("error:|fail|denied|not permitted|unable|such", line, re.I)]
+    reasons = lines[:1] + ["needs root, or the capabilities that the manual page names"] * bool(os.geteuid())
+    with contextlib.suppress(OSError), open("/sys/kernel/security/lockdown") as lockdown:
+        if "[confidentiality]" in lockdown.read():
+            reasons = ["the kernel is in lockdown (confidentiality) and lets nobody read its memory"]
+    if isinstance(error, Exception):
+        error.args = (": ".join([str(error), *reasons]),)
     return error
 
 
@@ -363,11 +365,10 @@ def release_compiler_memory():
 
 def main():
     import argparse
-    parser = argparse.ArgumentParser(description="Kernel types for bcc from the running kernel's BTF.",
-                                     epilog="Without DIR the declarations are printed. With DIR: set "
-                                            "BCC_KERNEL_SOURCE=DIR and start any bcc program.")
-    parser.add_argument("-t", "--types", help="comma-separated names of structs, unions, enums and typedefs "
-                                              "(default: what networking and scheduling tools use)")
+    parser = argparse.ArgumentParser(
+        description="Kernel types for bcc from the running kernel's BTF.",
+        epilog="Without DIR the declarations are printed. Then start any bcc program with BCC_KERNEL_SOURCE=DIR.")
+    parser.add_argument("-t", "--types", help="comma-separated names of types (default: what bcc's own tools look at)")
     parser.add_argument("directory", metavar="DIR", nargs="?", help="write a kernel source tree for bcc here")
     args = parser.parse_args()
     types = args.types.split(",") if args.types else COMMON_TYPES

@@ -4,14 +4,13 @@
 #            For Linux, uses bcc, eBPF.
 #
 # usage: tcpaccept [-h] [-t] [-p PID] [-T] [-P PORT] [-4 | -6] [-r] [--cgroupmap PATH] [--mntnsmap PATH] [--json]
-#                  [--netns NETNS] [--duration SECONDS] [--probes {tracepoint,kprobe}]
+#                  [--netns NETNS] [--duration SECONDS] [--probes {tracepoint,kprobe}] [--ebpf]
 #
 # Prints one line per passive connection that a process has accepted: the process that called accept(), not the one that
 # listens, and the addresses. Connections that nobody accepts are not shown.
 #
-# Traces security_sock_graft() (kprobe), which the kernel calls in accept() with the new socket. On a kernel without
-# kprobes or without that function: the exits of the accept() and accept4() system calls, and the socket behind the
-# descriptor that they return.
+# Traces security_sock_graft() (kprobe), which accept() calls with the new socket, or else the exits of the accept() and
+# accept4() system calls, and the socket behind the descriptor that they return.
 #
 # CAVEATS: while a tracepoint of a system call is on, every system call on the machine costs some 70 ns more. These
 # exits do not cover io_uring and 32-bit programs, which the kprobe does.
@@ -62,17 +61,15 @@ KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "files_struct", "fdtable", "fi
 RECENT = 1024                   # connections per CPU that are remembered as accepted
 RING_PAGES = (4 << 20) // mmap.PAGESIZE if KERNEL >= (5, 8) else 0      # 4 MiB: a second of the fastest load measured
 PERF_PAGES = (1 << 20) // mmap.PAGESIZE         # per CPU, where there is no ring buffer
-INTERVAL = 0.1                  # seconds between two looks at the ring buffer
+HARMLESS = b"_second", b"_destroy"              # programs of these names lose nothing when they are skipped
 LOSSES = ["accepts lost: the ring buffer was full", "accepts lost: another thread had closed the socket already",
           "accepts lost: the kernel did not run the probe"]
 
 bpf_text = r"""
 #include <linux/fdtable.h>
 #include <linux/fs.h>
-#include <linux/net.h>
 #include <linux/tcp.h>
 #include <net/inet_hashtables.h>
-#include <net/net_namespace.h>
 #include <net/sock.h>
 
 /* A member of a kernel object. */
@@ -114,39 +111,36 @@ BPF_RINGBUF_OUTPUT(events, RING_PAGES);
 BPF_PERF_OUTPUT(events);
 #endif
 
+static inline void count_lost(int what)
+{
+    u64 *n = lost.lookup(&what);
+
+    if (n)
+        __sync_fetch_and_add(n, 1);
+}
+
 /*
- * The kernel skips a program that is already running on this CPU (since 6.1): the events of a softirq that interrupts
- * it would be lost, and on 7.2 those of a process that preempts it. So a tracepoint has two programs, and the second
- * handles what the first was skipped for. Marked is what is between the two: in a stack of two for a softirq on top of
- * a process, and in a slot of its own for a preempted process.
+ * Since 7.0 a program can be preempted, and the kernel skips it for a process that takes the CPU meanwhile. So there is
+ * a second program, which handles what the first was skipped for. What the first has handled is marked until then.
  */
-struct marks {
-    u64 top, below;
-};
-#define SLOT_BITS 10
-BPF_PERCPU_ARRAY(marks, struct marks, 1 << SLOT_BITS);
+#if PREEMPTIBLE
+BPF_TABLE("lru_hash", u64, u8, marks, 1 << 14);         /* not per CPU: a preempted process may move to another one */
 
 static inline bool is_mine(u64 event, bool first)
 {
-    u32 slot = event * 0x9e3779b97f4a7c15 >> (64 - SLOT_BITS);      /* Fibonacci hashing */
-    struct marks *m = marks.lookup(&slot);
+    u8 one = 1;
 
-    if (!m)
-        return false;           /* never */
-    if (first) {
-        m->below = m->top;
-        m->top = event;
-        return true;
-    }
-    if (m->top != event && m->below != event) {
-        lost.atomic_increment(RESCUED);
-        return true;
-    }
-    if (m->top == event)
-        m->top = m->below;
-    m->below = 0;
-    return false;
+    if (first)
+        marks.update(&event, &one);
+    else if (!marks.delete(&event))
+        return false;
+    else
+        count_lost(RESCUED);
+    return true;
 }
+#else
+#define is_mine(event, first) true      /* accept() runs in no interrupt, and only the first is attached */
+#endif
 
 static inline u16 protocol_of(struct sock *sk)
 {
@@ -186,8 +180,15 @@ static inline void read_endpoints(struct event *e, struct sock *sk)
 /* Only for use where the current process is known to be the one that uses the socket. */
 static inline void set_owner(struct owner *o)
 {
-    bpf_get_current_comm(&o->comm, sizeof(o->comm));
+#if PIDNS
+    struct bpf_pidns_info ns = {};
+
+    bpf_get_ns_current_pid_tgid(PIDNS_DEV, PIDNS, &ns, sizeof(ns));
+    o->pid = ns.tgid;           /* 0 for a process of another namespace */
+#else
     o->pid = bpf_get_current_pid_tgid() >> 32;
+#endif
+    bpf_get_current_comm(&o->comm, sizeof(o->comm));
 }
 
 static inline void accepted(void *ctx, struct sock *sk)
@@ -210,7 +211,7 @@ static inline void accepted(void *ctx, struct sock *sk)
 #else
     if (events.perf_submit(ctx, &e, sizeof(e)))
 #endif
-        lost.atomic_increment(LOST_EVENT);
+        count_lost(LOST_EVENT);
 }
 
 /* security_sock_graft() is called in accept() with the new socket, by io_uring too. */
@@ -284,7 +285,7 @@ static inline int accept_returned(struct syscall_exit *ctx, bool first)
     if (sk && READ(sk, __sk_common.skc_dport) && !has_connected(sk) && is_new(sk))
         accepted(ctx, sk);
     else
-        lost.atomic_increment(LOST_SOCKET);
+        count_lost(LOST_SOCKET);
     return 0;
 }
 
@@ -294,7 +295,6 @@ int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(
 
 # struct event, behind the ring buffer's own header of a record (length and flags, page offset)
 RECORD = struct.Struct("=8xQ20sI16s16sHH4x")
-V4MAPPED = bytes(10) + b"\xff\xff"
 TEXT = "%%-6s %%-12.12s %%-2s %%-16s %s%%-16s %%s\n"
 JSON = '{"ts":%.6f,%s,"ip":%d,"laddr":"%s","lport":%d,"raddr":"%s","rport":%d,"netns":%d}\n'
 
@@ -302,15 +302,20 @@ JSON = '{"ts":%.6f,%s,"ip":%d,"laddr":"%s","lport":%d,"raddr":"%s","rport":%d,"n
 def number(low, high, kind=int):
     """Returns a converter for argparse: a number from low to high in plain digits, as an int or a float."""
     def number(text):
-        plain = text.isascii() and text.replace(".", "", kind is float).isdecimal()
-        if not plain or not low <= kind(text) <= high:
+        if not re.fullmatch(r"\d+" if kind is int else r"\d*\.?\d+", text, re.A) or not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError("not a number from %s to %s: %r" % (low, high, text))
         return kind(text)
     return number
 
 
-def ports(text):
-    return [number(1, 65535)(port) for port in text.split(",")]
+def process(text):
+    """Returns a process ID. The process need not exist yet, but a thread is none."""
+    pid = number(1, 1 << 22)(text)
+    with contextlib.suppress(OSError), open("/proc/%d/status" % pid) as status:
+        leader = int(status.read().split("Tgid:")[1].split()[0])
+        if leader != pid:
+            raise argparse.ArgumentTypeError("%d is a thread of process %d" % (pid, leader))
+    return pid
 
 
 def netns(text):
@@ -336,9 +341,10 @@ def parse_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)
     family, add = parser.add_mutually_exclusive_group(), parser.add_argument
     add("-t", "--timestamp", action="store_true", help="include timestamp on output")
-    add("-p", "--pid", type=number(1, 1 << 22), help="trace this PID only")
+    add("-p", "--pid", type=process, help="trace this PID only")
     add("-T", "--time", action="store_true", help="include time column on output (HH:MM:SS)")
-    add("-P", "--port", type=ports, help="comma-separated list of local ports to trace.")
+    add("-P", "--port", type=lambda text: [number(1, 65535)(port) for port in text.split(",")],
+        help="comma-separated list of local ports to trace.")
     family.add_argument("-4", "--ipv4", action="store_true", help="trace IPv4 only")
     family.add_argument("-6", "--ipv6", action="store_true", help="trace IPv6 only")
     add("-r", "--rport", action="store_true", help="include the remote port on output")
@@ -349,14 +355,26 @@ def parse_args(argv=None):
     add("--duration", metavar="SECONDS", type=number(0.001, 1e9, float), help="exit after this many seconds")
     add("--probes", choices=("tracepoint", "kprobe"),
         help="use this kind of probe only (default: the kprobe where the kernel has kprobes)")
+    add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     args = parser.parse_args(argv)
     args.form = args.time * "%-8s " + args.timestamp * "%-8s " + TEXT % ("%-5s " if args.rport else "%.0s")
     return args
 
 
+def pid_namespace():
+    """Returns macros for the PID namespace in which the tool runs: 0 for the initial one."""
+    namespace = os.stat("/proc/self/ns/pid")
+    is_initial = namespace.st_ino == 0xeffffffc         # PROC_PID_INIT_INO, include/linux/proc_ns.h
+    if KERNEL < (5, 7) and not is_initial:
+        print("%s: before Linux 5.7 the PIDs are the host's, not this PID namespace's" % PROGRAM, file=sys.stderr)
+    return {"PIDNS": 0 if is_initial or KERNEL < (5, 7) else namespace.st_ino, "PIDNS_DEV": os.minor(namespace.st_dev)}
+
+
 def cflags(args):
     """Returns the arguments as macros for the C text. Only numbers get there."""
     macros = {
+        **pid_namespace(),
+        "PREEMPTIBLE": int(KERNEL >= (7, 0)),
         "RING_PAGES": RING_PAGES,
         "RECENT": RECENT,
         "CPUS": os.sysconf("SC_NPROCESSORS_CONF"),
@@ -381,10 +399,17 @@ def attach_accept(bpf, args):
         bpf.attach_tracepoint(tp="syscalls:sys_exit_accept", fn_name=fn_name)
 
 
+def c_text(args):
+    """Returns the C text with bcc's function container_should_be_filtered(), if there is a bcc."""
+    with contextlib.suppress(ImportError):
+        from bcc.containers import filter_by_containers
+        return filter_by_containers(args) + bpf_text
+    return bpf_text
+
+
 def attach(bcc, args):
     """Returns the BPF object, compiled, loaded and attached."""
-    from bcc.containers import filter_by_containers
-    bpf = bcc.BPF(text=filter_by_containers(args) + bpf_text, cflags=cflags(args))
+    bpf = bcc.BPF(text=c_text(args), cflags=cflags(args))
     attach_accept(bpf, args)
     return bpf
 
@@ -400,8 +425,7 @@ def load(args):
         sys.exit("%s: %s: %s has no bcc: install python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora)"
                  % (PROGRAM, error, sys.executable))
     except Exception as error:
-        hint = ": needs root, or the capabilities that the manual page names" if os.geteuid() else ""
-        sys.exit("%s: cannot trace: %s%s" % (PROGRAM, error, hint))
+        sys.exit("%s: cannot trace: %s" % (PROGRAM, error))
 
 
 def open_events(bpf, record):
@@ -429,12 +453,15 @@ def open_events(bpf, record):
     position, produced, data = ctypes.c_ulong.from_buffer(consumer), ring[:8].cast("L"), ring[page:]
 
     def read():
-        start = position.value & size - 1
-        records = data[start:start + produced[0] - position.value]
+        start, end = position.value & size - 1, produced[0]
+        time.sleep(0)           # gives up Python's lock and takes it again: what libbpf has a memory barrier for
+        records = data[start:start + end - position.value]
         lengths = records.cast("I")[::record.size // 4].tolist()
         # A length with a flag in it: another CPU is still writing that record.
         whole = next((n for n, length in enumerate(lengths) if length != record.size - 8), len(lengths))
+        time.sleep(0)
         taken = bytes(records[:whole * record.size])
+        time.sleep(0)
         position.value += len(taken)            # from now on the kernel may write there
         return taken
     return read
@@ -445,7 +472,7 @@ def losses(bpf):
     *counts, rescued = (count.value for count in bpf["lost"].values())
     skipped = 0                 # how often a program was not run because it was running already (since Linux 5.12)
     for name, function in bpf.funcs.items():
-        if not name.endswith((b"_second", b"_destroy")):        # what these are skipped for is not lost
+        if not name.endswith(HARMLESS):
             with open("/proc/self/fdinfo/%d" % function.fd) as info:
                 skipped += sum(int(n) for n in re.findall(r"recursion_misses:\s*(\d+)", info.read()))
     return dict(zip(LOSSES, [*counts, skipped - rescued]))
@@ -454,7 +481,7 @@ def losses(bpf):
 @functools.lru_cache(maxsize=1024)
 def address(packed):
     """Returns the text of 16 bytes, in which IPv4 is ::ffff:a.b.c.d."""
-    if packed.startswith(V4MAPPED):
+    if packed.startswith(bytes(10) + b"\xff\xff"):
         return socket.inet_ntop(socket.AF_INET, packed[12:])
     return socket.inet_ntop(socket.AF_INET6, packed)
 
@@ -509,7 +536,8 @@ def report(lost, reported, form="%s: %d %s"):
     """Prints the losses that have not been reported yet. Returns what is reported now."""
     for what, count in lost.items():
         if count > reported.get(what, 0):
-            print(form % (PROGRAM, count - reported.get(what, 0), what), file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):          # nobody reads standard error
+                print(form % (PROGRAM, count - reported.get(what, 0), what), file=sys.stderr, flush=True)
     return lost
 
 
@@ -520,7 +548,7 @@ def trace(args, bpf):
     signal.setitimer(signal.ITIMER_REAL, args.duration or 0)
     write(header(args))
     while not stop:
-        time.sleep(INTERVAL)
+        time.sleep(0.1)         # the time that a line may be late
         stop = signal.sigpending() & STOP_SIGNALS or reader.poll(0)
         records = list(RECORD.iter_unpack(read()))
         start = start or (records and records[0][0])
@@ -531,8 +559,12 @@ def trace(args, bpf):
 
 
 def main():
-    args = parse_args()
     try:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # for --help and --ebpf, which Python prints
+        args = parse_args()
+        if args.ebpf:
+            return print("/* %s */\n%s" % (" ".join(cflags(args)), c_text(args)))
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         trace(args, load(args))
     except BrokenPipeError:
         pass

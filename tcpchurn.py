@@ -4,7 +4,7 @@
 #           For Linux, uses bcc, eBPF.
 #
 # usage: tcpchurn [-h] [-c | --json] [-p] [-w SECONDS [SECONDS ...]] [-i SECONDS] [-a] [--netns NETNS]
-#                 [--duration SECONDS] [--probes {tracepoint,kprobe}] PID
+#                 [--duration SECONDS] [--probes {tracepoint,kprobe}] [--ebpf] PID
 #
 # O counts connections that the process opened: accept() calls that returned one, and connect() attempts. C counts those
 # that ended on this side: the process sent its FIN (close, shutdown, exit), or the connection was torn down (reset,
@@ -63,6 +63,7 @@ BUCKET_SECONDS = 0.1            # at most
 MAX_BUCKETS = 1 << 19           # 14 hours of 0.1 s
 MAX_SOCKETS = 1 << 18           # live connections of the process
 INTERVAL = 0.1                  # seconds between two looks at the process
+HARMLESS = b"_second", b"_destroy"              # programs of these names lose nothing when they are skipped
 LOSSES = ["closes lost: the map of live connections was full",
           "state changes or accepts lost: the kernel did not run the probe"]
 PRIVATE = ["0.0.0.0/8", "10.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16",
@@ -71,10 +72,8 @@ PRIVATE = ["0.0.0.0/8", "10.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "172.16.0
 bpf_text = r"""
 #include <linux/fdtable.h>
 #include <linux/fs.h>
-#include <linux/net.h>
 #include <linux/sched/signal.h>
 #include <linux/tcp.h>
-#include <net/net_namespace.h>
 #include <net/sock.h>
 
 #define IS_IPV4(address) (!(address)[0] && !(address)[1] && (address)[2] == htonl(0xffff))
@@ -101,39 +100,57 @@ BPF_HASH(existing, u64, u8, MAX_SOCKETS);               /* inodes of its sockets
 BPF_ARRAY(ended, u8, 1);                                /* whether the process has */
 BPF_ARRAY(lost, u64, LOST_COUNTERS);
 
+static inline void count_lost(int what)
+{
+    u64 *n = lost.lookup(&what);
+
+    if (n)
+        __sync_fetch_and_add(n, 1);
+}
+
 /*
- * The kernel skips a program that is already running on this CPU (since 6.1): the events of a softirq that interrupts
- * it would be lost, and on 7.2 those of a process that preempts it. So a tracepoint has two programs, and the second
- * handles what the first was skipped for. Marked is what is between the two: in a stack of two for a softirq on top of
- * a process, and in a slot of its own for a preempted process.
+ * The kernel skips a program that is already running on this CPU (since 6.1): it would miss the events of a softirq on
+ * top of it and, since 7.0, where it can be preempted, those of a process that takes the CPU meanwhile. So a tracepoint
+ * has a second program, which handles what the first was skipped for. What the first has handled is marked until then.
  */
-struct marks {
-    u64 top, below;
-};
-#define SLOT_BITS 10
-BPF_PERCPU_ARRAY(marks, struct marks, 1 << SLOT_BITS);
+#if PREEMPTIBLE
+BPF_TABLE("lru_hash", u64, u8, marks, 1 << 14);         /* not per CPU: a preempted process may move to another one */
 
 static inline bool is_mine(u64 event, bool first)
 {
-    u32 slot = event * 0x9e3779b97f4a7c15 >> (64 - SLOT_BITS);      /* Fibonacci hashing */
-    struct marks *m = marks.lookup(&slot);
+    u8 one = 1;
 
-    if (!m)
+    if (first)
+        marks.update(&event, &one);
+    else if (!marks.delete(&event))
+        return false;
+    else
+        count_lost(RESCUED);
+    return true;
+}
+#else
+BPF_PERCPU_ARRAY(marks, u64, 2);        /* a softirq's event on top of a process's */
+
+static inline bool is_mine(u64 event, bool first)
+{
+    int zero = 0, one = 1;
+    u64 *top = marks.lookup(&zero), *below = marks.lookup(&one);
+
+    if (!top || !below)
         return false;           /* never */
     if (first) {
-        m->below = m->top;
-        m->top = event;
-        return true;
+        *below = *top;
+        *top = event;
+    } else if (*top == event || *below == event) {
+        *top = *top == event ? *below : *top;
+        *below = 0;
+        return false;
+    } else {
+        count_lost(RESCUED);
     }
-    if (m->top != event && m->below != event) {
-        lost.atomic_increment(RESCUED);
-        return true;
-    }
-    if (m->top == event)
-        m->top = m->below;
-    m->below = 0;
-    return false;
+    return true;
 }
+#endif
 
 static inline u32 netns_of(struct sock *sk)
 {
@@ -165,12 +182,24 @@ static inline void count(int what)
     __sync_fetch_and_add(&so_far->count[what], 1);
 }
 
+static inline u32 current_pid(void)
+{
+#if PIDNS
+    struct bpf_pidns_info ns = {};
+
+    bpf_get_ns_current_pid_tgid(PIDNS_DEV, PIDNS, &ns, sizeof(ns));
+    return ns.tgid;             /* 0 for a process of another namespace */
+#else
+    return bpf_get_current_pid_tgid() >> 32;
+#endif
+}
+
 static inline bool is_of_process(void)
 {
     int zero = 0;
     u8 *has_ended = ended.lookup(&zero);
 
-    return bpf_get_current_pid_tgid() >> 32 == FILTER_PID && has_ended && !*has_ended;
+    return current_pid() == FILTER_PID && has_ended && !*has_ended;
 }
 
 /* Whether the other end is one to be counted. */
@@ -218,7 +247,7 @@ static inline void opened(struct sock *sk, int how)
     if (err == -EEXIST)         /* another thread has put this socket behind the descriptor, and it is counted */
         return;
     if (err)
-        lost.atomic_increment(LOST_SOCKET);
+        count_lost(LOST_SOCKET);
     count(how);
     if (how == ACCEPTED && !is_open(READ(sk, __sk_common.skc_state)))       /* reset before accept() */
         closed(sk, TCP_CLOSE);
@@ -282,7 +311,7 @@ int exited(void *ctx)
     int zero = 0;
     u8 one = 1;
 
-    if (bpf_get_current_pid_tgid() >> 32 == FILTER_PID && !READ(READ(task, signal), live.counter))
+    if (current_pid() == FILTER_PID && !READ(READ(task, signal), live.counter))
         ended.update(&zero, &one);
     return 0;
 }
@@ -333,11 +362,20 @@ BUCKET = struct.Struct("=4Q")
 def number(low, high, kind=int):
     """Returns a converter for argparse: a number from low to high in plain digits, as an int or a float."""
     def number(text):
-        plain = text.isascii() and text.replace(".", "", kind is float).isdecimal()
-        if not plain or not low <= kind(text) <= high:
+        if not re.fullmatch(r"\d+" if kind is int else r"\d*\.?\d+", text, re.A) or not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError("not a number from %s to %s: %r" % (low, high, text))
         return kind(text)
     return number
+
+
+def process(text):
+    """Returns a process ID. The process need not exist yet, but a thread is none."""
+    pid = number(1, 1 << 22)(text)
+    with contextlib.suppress(OSError), open("/proc/%d/status" % pid) as status:
+        leader = int(status.read().split("Tgid:")[1].split()[0])
+        if leader != pid:
+            raise argparse.ArgumentTypeError("%d is a thread of process %d" % (pid, leader))
+    return pid
 
 
 def netns(text):
@@ -368,6 +406,7 @@ def parse_args(argv=None):
     add("--duration", metavar="SECONDS", type=seconds, help="exit after this many seconds")
     add("--probes", choices=("tracepoint", "kprobe"),
         help="use this kind of probe only (default: tracepoints, and for accept() a kprobe where there are any)")
+    add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     args = parser.parse_args(argv)
     args.kprobes = args.probes == "kprobe" or KERNEL < (4, 17)
     if args.pid is None and args.windows and len(args.windows) > 1:
@@ -375,7 +414,7 @@ def parse_args(argv=None):
     if args.pid is None:
         parser.error("the PID is missing")
     try:
-        args.pid = number(1, 1 << 22)(args.pid)
+        args.pid = process(args.pid)
         windows = [seconds(part) for text in args.windows or [] for part in text.split(",")]
     except argparse.ArgumentTypeError as error:
         parser.error(str(error))
@@ -409,9 +448,20 @@ def address_condition(networks):
     return " || ".join(conditions) or "true"
 
 
+def pid_namespace():
+    """Returns macros for the PID namespace in which the tool runs: 0 for the initial one."""
+    namespace = os.stat("/proc/self/ns/pid")
+    is_initial = namespace.st_ino == 0xeffffffc         # PROC_PID_INIT_INO, include/linux/proc_ns.h
+    if KERNEL < (5, 7) and not is_initial:
+        print("%s: before Linux 5.7 the PIDs are the host's, not this PID namespace's" % PROGRAM, file=sys.stderr)
+    return {"PIDNS": 0 if is_initial or KERNEL < (5, 7) else namespace.st_ino, "PIDNS_DEV": os.minor(namespace.st_dev)}
+
+
 def cflags(args):
     """Returns the arguments as macros for the C text. Only numbers get there."""
     macros = {
+        **pid_namespace(),
+        "PREEMPTIBLE": int(KERNEL >= (7, 0)),
         "KPROBES": int(args.kprobes),
         "BUCKETS": buckets(args),
         "BUCKETS_FLAGS": 1024 if KERNEL >= (5, 5) else 0,       # BPF_F_MMAPABLE
@@ -467,8 +517,7 @@ def load(args):
         sys.exit("%s: %s: %s has no bcc: install python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora)"
                  % (PROGRAM, error, sys.executable))
     except Exception as error:
-        hint = ": needs root, or the capabilities that the manual page names" if os.geteuid() else ""
-        sys.exit("%s: cannot trace: %s%s" % (PROGRAM, error, hint))
+        sys.exit("%s: cannot trace: %s" % (PROGRAM, error))
 
 
 def losses(bpf):
@@ -476,7 +525,7 @@ def losses(bpf):
     *counts, rescued = (count.value for count in bpf["lost"].values())
     skipped = 0                 # how often a program was not run because it was running already (since Linux 5.12)
     for name, function in bpf.funcs.items():
-        if not name.endswith((b"_second", b"_destroy")):        # what these are skipped for is not lost
+        if not name.endswith(HARMLESS):
             with open("/proc/self/fdinfo/%d" % function.fd) as info:
                 skipped += sum(int(n) for n in re.findall(r"recursion_misses:\s*(\d+)", info.read()))
     return dict(zip(LOSSES, [*counts, skipped - rescued]))
@@ -511,9 +560,13 @@ def socket_inodes(pid):
 
 def learn_existing(args, bpf):
     """Tells the kernel side which sockets the process has already."""
-    table = bpf["existing"]
+    table, unknown = bpf["existing"], 0
     for inode in socket_inodes(args.pid):
-        table[table.Key(inode)] = table.Leaf(1)
+        try:
+            table[table.Key(inode)] = table.Leaf(1)
+        except Exception:       # the map is full
+            unknown += 1
+    report({"sockets from before the start not known: the map was full": unknown}, {})
 
 
 class Windows:
@@ -586,7 +639,8 @@ def report(lost, reported, form="%s: %d %s"):
     """Prints the losses that have not been reported yet. Returns what is reported now."""
     for what, count in lost.items():
         if count > reported.get(what, 0):
-            print(form % (PROGRAM, count - reported.get(what, 0), what), file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):          # nobody reads standard error
+                print(form % (PROGRAM, count - reported.get(what, 0), what), file=sys.stderr, flush=True)
     return lost
 
 
@@ -610,13 +664,17 @@ def trace(args, bpf, birth):
 
 
 def main():
-    args = parse_args()
-    birth = birth_of(args.pid)
-    if birth is None:
-        sys.exit("%s: no such process: %d" % (PROGRAM, args.pid))
-    bpf = load(args)
-    learn_existing(args, bpf)
     try:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # for --help and --ebpf, which Python prints
+        args = parse_args()
+        if args.ebpf:
+            return print("/* %s */\n%s" % (" ".join(cflags(args)), bpf_text))
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        birth = birth_of(args.pid)
+        if birth is None:
+            sys.exit("%s: no such process: %d" % (PROGRAM, args.pid))
+        bpf = load(args)
+        learn_existing(args, bpf)
         trace(args, bpf, birth)
     except BrokenPipeError:
         pass

@@ -4,7 +4,7 @@
 #          For Linux, uses bcc, eBPF.
 #
 # usage: tcplife [-h] [-T] [-t] [-w | -s | --json] [-p PID] [-L LOCALPORT] [-D REMOTEPORT] [-4 | -6] [--netns NETNS]
-#                [--duration SECONDS] [--owner {accept,close}] [--probes {tracepoint,kprobe}]
+#                [--duration SECONDS] [--owner {accept,close}] [--probes {tracepoint,kprobe}] [--ebpf]
 #
 # Prints one line per finished session: the process that owns the socket, addresses, ports, bytes each way and
 # milliseconds. Both ends are shown when both are on this machine, and so is a connect that failed.
@@ -55,7 +55,7 @@ examples = """examples:
   ./tcplife -L 80        # only trace local port 80
   ./tcplife -L 80,81     # only trace local ports 80 and 81
   ./tcplife -D 80        # only trace remote port 80
-  ./tcplife -6 --json    # IPv6 only, one JSON object per line
+  ./tcplife --json       # one JSON object per line
   ./tcplife --netns web  # only trace the network namespace web
 """
 
@@ -66,15 +66,14 @@ MAX_SESSIONS = 1 << 18          # live sockets: 23 MB of kernel memory
 MAX_UNCLAIMED = 1 << 14         # sessions that ended before accept() returned them
 RING_PAGES = (8 << 20) // mmap.PAGESIZE if KERNEL >= (5, 8) else 0      # 8 MiB: a second of the fastest load measured
 PERF_PAGES = (1 << 20) // mmap.PAGESIZE         # per CPU, where there is no ring buffer
-INTERVAL = 0.1                  # seconds between two looks at the ring buffer
+HARMLESS = b"_second", b"_destroy"              # programs of these names lose nothing when they are skipped
 LOSSES = ["sessions lost: the ring buffer was full", "sessions lost: the map of live sessions was full",
-          "sessions lost: their end was not seen", "state changes or accepts lost: the kernel did not run the probe"]
+          "sessions lost: the map of unaccepted sessions was full", "sessions lost: their end was not seen",
+          "state changes or accepts lost: the kernel did not run the probe"]
 
 bpf_text = r"""
 #include <linux/fdtable.h>
-#include <linux/net.h>
 #include <linux/tcp.h>
-#include <net/net_namespace.h>
 #include <net/sock.h>
 
 /* A member of a kernel object. */
@@ -105,7 +104,7 @@ struct event {                  /* as RECORD below */
     u32 pad;
 };
 
-enum { LOST_EVENT, LOST_SESSION, LOST_END, RESCUED, COUNTERS };      /* as LOSSES above */
+enum { LOST_EVENT, LOST_SESSION, LOST_UNCLAIMED, LOST_END, RESCUED, COUNTERS };      /* as LOSSES above */
 
 BPF_HASH(sessions, struct sock *, struct session, MAX_SESSIONS);
 BPF_HASH(unclaimed, struct sock *, struct event, MAX_UNCLAIMED);    /* ended before anybody accepted them */
@@ -116,39 +115,57 @@ BPF_RINGBUF_OUTPUT(events, RING_PAGES);
 BPF_PERF_OUTPUT(events);
 #endif
 
+static inline void count_lost(int what)
+{
+    u64 *n = lost.lookup(&what);
+
+    if (n)
+        __sync_fetch_and_add(n, 1);
+}
+
 /*
- * The kernel skips a program that is already running on this CPU (since 6.1): the events of a softirq that interrupts
- * it would be lost, and on 7.2 those of a process that preempts it. So a tracepoint has two programs, and the second
- * handles what the first was skipped for. Marked is what is between the two: in a stack of two for a softirq on top of
- * a process, and in a slot of its own for a preempted process.
+ * The kernel skips a program that is already running on this CPU (since 6.1): it would miss the events of a softirq on
+ * top of it and, since 7.0, where it can be preempted, those of a process that takes the CPU meanwhile. So a tracepoint
+ * has a second program, which handles what the first was skipped for. What the first has handled is marked until then.
  */
-struct marks {
-    u64 top, below;
-};
-#define SLOT_BITS 10
-BPF_PERCPU_ARRAY(marks, struct marks, 1 << SLOT_BITS);
+#if PREEMPTIBLE
+BPF_TABLE("lru_hash", u64, u8, marks, 1 << 14);         /* not per CPU: a preempted process may move to another one */
 
 static inline bool is_mine(u64 event, bool first)
 {
-    u32 slot = event * 0x9e3779b97f4a7c15 >> (64 - SLOT_BITS);      /* Fibonacci hashing */
-    struct marks *m = marks.lookup(&slot);
+    u8 one = 1;
 
-    if (!m)
+    if (first)
+        marks.update(&event, &one);
+    else if (!marks.delete(&event))
+        return false;
+    else
+        count_lost(RESCUED);
+    return true;
+}
+#else
+BPF_PERCPU_ARRAY(marks, u64, 2);        /* a softirq's event on top of a process's */
+
+static inline bool is_mine(u64 event, bool first)
+{
+    int zero = 0, one = 1;
+    u64 *top = marks.lookup(&zero), *below = marks.lookup(&one);
+
+    if (!top || !below)
         return false;           /* never */
     if (first) {
-        m->below = m->top;
-        m->top = event;
-        return true;
+        *below = *top;
+        *top = event;
+    } else if (*top == event || *below == event) {
+        *top = *top == event ? *below : *top;
+        *below = 0;
+        return false;
+    } else {
+        count_lost(RESCUED);
     }
-    if (m->top != event && m->below != event) {
-        lost.atomic_increment(RESCUED);
-        return true;
-    }
-    if (m->top == event)
-        m->top = m->below;
-    m->below = 0;
-    return false;
+    return true;
 }
+#endif
 
 static inline u32 netns_of(struct sock *sk)
 {
@@ -193,19 +210,28 @@ static inline bool is_wanted(struct event *e, struct sock *sk)
 
 static inline void submit(void *ctx, struct event *e)
 {
+    if (FILTER_PID && e->owner.pid != FILTER_PID)
+        return;
 #if RING_PAGES
     if (events.ringbuf_output(e, sizeof(*e), BPF_RB_NO_WAKEUP))     /* no wake-up: the reader polls */
 #else
     if (events.perf_submit(ctx, e, sizeof(*e)))
 #endif
-        lost.atomic_increment(LOST_EVENT);
+        count_lost(LOST_EVENT);
 }
 
 /* Only for use where the current process is known to be the one that uses the socket. */
 static inline void set_owner(struct owner *o)
 {
-    bpf_get_current_comm(&o->comm, sizeof(o->comm));
+#if PIDNS
+    struct bpf_pidns_info ns = {};
+
+    bpf_get_ns_current_pid_tgid(PIDNS_DEV, PIDNS, &ns, sizeof(ns));
+    o->pid = ns.tgid;           /* 0 for a process of another namespace */
+#else
     o->pid = bpf_get_current_pid_tgid() >> 32;
+#endif
+    bpf_get_current_comm(&o->comm, sizeof(o->comm));
 }
 
 static inline void birth(struct sock *sk, bool active)
@@ -227,7 +253,7 @@ static inline void birth(struct sock *sk, bool active)
         set_owner(&s.owner);
     err = sessions.insert(&sk, &s);
     if (err && err != -EEXIST)  /* exists: both ends called connect(), or accept() saw it first (TCP Fast Open) */
-        lost.atomic_increment(LOST_SESSION);
+        count_lost(LOST_SESSION);
 }
 
 /* A new socket: an older session at this address has missed its end. */
@@ -235,8 +261,11 @@ static inline void forget(struct sock *sk)
 {
     /* lookup() takes no lock, delete() does */
     if ((sessions.lookup(&sk) && !sessions.delete(&sk)) || (unclaimed.lookup(&sk) && !unclaimed.delete(&sk)))
-        lost.atomic_increment(LOST_END);
+        count_lost(LOST_END);
 }
+
+/* A kernel thread closes for others: MPTCP's worker, io_uring's, the collector of Unix sockets. */
+#define is_kthread() (READ((struct task_struct *)bpf_get_current_task(), flags) & 0x00200000 /* PF_KTHREAD */)
 
 /* The current process uses this socket. Returns whether its session is known. */
 static inline bool own(struct sock *sk)
@@ -264,12 +293,10 @@ static inline void death(void *ctx, struct sock *sk)
     e.netns = netns_of(sk);
     e.tx = READ((struct tcp_sock *)sk, bytes_acked);
     e.rx = READ((struct tcp_sock *)sk, bytes_received);
-    if (!e.owner.pid) {
-        if (unclaimed.update(&sk, &e))
-            lost.atomic_increment(LOST_SESSION);
-    } else if (!FILTER_PID || e.owner.pid == FILTER_PID) {
+    if (e.owner.pid)
         submit(ctx, &e);
-    }
+    else if (unclaimed.update(&sk, &e))
+        count_lost(LOST_UNCLAIMED);
 }
 
 /* A session that the peer ended before accept() returned it is printed once its owner is known. */
@@ -282,9 +309,9 @@ static inline void claim(void *ctx, struct sock *sk)
     e = *held;
     if (unclaimed.delete(&sk))  /* another process was faster */
         return;
-    set_owner(&e.owner);
-    if (!FILTER_PID || e.owner.pid == FILTER_PID)
-        submit(ctx, &e);
+    if (!is_kthread())
+        set_owner(&e.owner);
+    submit(ctx, &e);
 }
 
 static inline void accepted(void *ctx, struct sock *sk)
@@ -310,8 +337,8 @@ static inline void state_change(void *ctx, struct sock *sk, int oldstate, int ne
         birth(sk, true);
     else if (newstate == TCP_ESTABLISHED && oldstate == TCP_SYN_RECV)
         birth(sk, false);
-    else if (newstate == TCP_FIN_WAIT1 || newstate == TCP_LAST_ACK)     /* in close(), shutdown() and exit only */
-        own(sk);
+    else if ((newstate == TCP_FIN_WAIT1 || newstate == TCP_LAST_ACK) && !is_kthread())
+        own(sk);                /* in close(), shutdown() or exit */
     else if (newstate == TCP_CLOSE)
         death(ctx, sk);
 }
@@ -390,7 +417,6 @@ int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(
 
 # struct event, behind the ring buffer's own header of a record (length and flags, page offset)
 RECORD = struct.Struct("=8xQQQQ20sI16s16sHH4x")
-V4MAPPED = bytes(10) + b"\xff\xff"
 NAMES = "PID", "COMM", "IP", "LADDR", "LPORT", "RADDR", "RPORT", "TX_KB", "RX_KB", "MS"
 NARROW = "%-5s %-10.10s %.0s%-15s %-5s %-15s %-5s %5s %5s %s\n"         # without IP
 WIDE = "%-7s %-16s %-2s %-39s %-5s %-39s %-5s %5s %5s %s\n"
@@ -401,8 +427,7 @@ JSON = ('{"ts":%.6f,%s,"ip":%d,"laddr":"%s","lport":%d,"raddr":"%s","rport":%d,"
 def number(low, high, kind=int):
     """Returns a converter for argparse: a number from low to high in plain digits, as an int or a float."""
     def number(text):
-        plain = text.isascii() and text.replace(".", "", kind is float).isdecimal()
-        if not plain or not low <= kind(text) <= high:
+        if not re.fullmatch(r"\d+" if kind is int else r"\d*\.?\d+", text, re.A) or not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError("not a number from %s to %s: %r" % (low, high, text))
         return kind(text)
     return number
@@ -410,6 +435,16 @@ def number(low, high, kind=int):
 
 def ports(text):
     return [number(1, 65535)(port) for port in text.split(",")]
+
+
+def process(text):
+    """Returns a process ID. The process need not exist yet, but a thread is none."""
+    pid = number(1, 1 << 22)(text)
+    with contextlib.suppress(OSError), open("/proc/%d/status" % pid) as status:
+        leader = int(status.read().split("Tgid:")[1].split()[0])
+        if leader != pid:
+            raise argparse.ArgumentTypeError("%d is a thread of process %d" % (pid, leader))
+    return pid
 
 
 def netns(text):
@@ -432,7 +467,7 @@ def parse_args(argv=None):
     add("-t", "--timestamp", action="store_true", help="include timestamp on output (seconds)")
     form.add_argument("-w", "--wide", action="store_true", help="wide column output (fits IPv6 addresses)")
     form.add_argument("-s", "--csv", action="store_true", help="comma separated values output")
-    add("-p", "--pid", type=number(1, 1 << 22), help="trace this PID only")
+    add("-p", "--pid", type=process, help="trace this PID only")
     add("-L", "--localport", type=ports, help="comma-separated list of local ports to trace.")
     add("-D", "--remoteport", type=ports, help="comma-separated list of remote ports to trace.")
     family.add_argument("-4", "--ipv4", action="store_true", help="trace IPv4 only")
@@ -445,6 +480,7 @@ def parse_args(argv=None):
              "which saves the probe on accept()")
     add("--probes", choices=("tracepoint", "kprobe"),
         help="use this kind of probe only (default: tracepoints, and for accept() a kprobe where there are any)")
+    add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     args = parser.parse_args(argv)
     args.kprobes = args.probes == "kprobe" or KERNEL < (4, 17)
     args.form = args.time * "%-8s " + args.timestamp * "%-9s " + (WIDE if args.wide else NARROW)
@@ -456,9 +492,20 @@ def port_condition(ports):
     return " || ".join("(port) == %d" % port for port in ports or []) or "true"
 
 
+def pid_namespace():
+    """Returns macros for the PID namespace in which the tool runs: 0 for the initial one."""
+    namespace = os.stat("/proc/self/ns/pid")
+    is_initial = namespace.st_ino == 0xeffffffc         # PROC_PID_INIT_INO, include/linux/proc_ns.h
+    if KERNEL < (5, 7) and not is_initial:
+        print("%s: before Linux 5.7 the PIDs are the host's, not this PID namespace's" % PROGRAM, file=sys.stderr)
+    return {"PIDNS": 0 if is_initial or KERNEL < (5, 7) else namespace.st_ino, "PIDNS_DEV": os.minor(namespace.st_dev)}
+
+
 def cflags(args):
     """Returns the arguments as macros for the C text. Only numbers get there."""
     macros = {
+        **pid_namespace(),
+        "PREEMPTIBLE": int(KERNEL >= (7, 0)),
         "RING_PAGES": RING_PAGES,
         "KPROBES": int(args.kprobes),
         "MAX_SESSIONS": MAX_SESSIONS,
@@ -513,8 +560,7 @@ def load(args):
         sys.exit("%s: %s: %s has no bcc: install python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora)"
                  % (PROGRAM, error, sys.executable))
     except Exception as error:
-        hint = ": needs root, or the capabilities that the manual page names" if os.geteuid() else ""
-        sys.exit("%s: cannot trace: %s%s" % (PROGRAM, error, hint))
+        sys.exit("%s: cannot trace: %s" % (PROGRAM, error))
 
 
 def open_events(bpf, record):
@@ -542,12 +588,15 @@ def open_events(bpf, record):
     position, produced, data = ctypes.c_ulong.from_buffer(consumer), ring[:8].cast("L"), ring[page:]
 
     def read():
-        start = position.value & size - 1
-        records = data[start:start + produced[0] - position.value]
+        start, end = position.value & size - 1, produced[0]
+        time.sleep(0)           # gives up Python's lock and takes it again: what libbpf has a memory barrier for
+        records = data[start:start + end - position.value]
         lengths = records.cast("I")[::record.size // 4].tolist()
         # A length with a flag in it: another CPU is still writing that record.
         whole = next((n for n, length in enumerate(lengths) if length != record.size - 8), len(lengths))
+        time.sleep(0)
         taken = bytes(records[:whole * record.size])
+        time.sleep(0)
         position.value += len(taken)            # from now on the kernel may write there
         return taken
     return read
@@ -558,7 +607,7 @@ def losses(bpf):
     *counts, rescued = (count.value for count in bpf["lost"].values())
     skipped = 0                 # how often a program was not run because it was running already (since Linux 5.12)
     for name, function in bpf.funcs.items():
-        if not name.endswith((b"_second", b"_destroy")):        # what these are skipped for is not lost
+        if not name.endswith(HARMLESS):
             with open("/proc/self/fdinfo/%d" % function.fd) as info:
                 skipped += sum(int(n) for n in re.findall(r"recursion_misses:\s*(\d+)", info.read()))
     return dict(zip(LOSSES, [*counts, skipped - rescued]))
@@ -567,7 +616,7 @@ def losses(bpf):
 @functools.lru_cache(maxsize=1024)
 def address(packed):
     """Returns the text of 16 bytes, in which IPv4 is ::ffff:a.b.c.d."""
-    if packed.startswith(V4MAPPED):
+    if packed.startswith(bytes(10) + b"\xff\xff"):
         return socket.inet_ntop(socket.AF_INET, packed[12:])
     return socket.inet_ntop(socket.AF_INET6, packed)
 
@@ -629,7 +678,8 @@ def report(lost, reported, form="%s: %d %s"):
     """Prints the losses that have not been reported yet. Returns what is reported now."""
     for what, count in lost.items():
         if count > reported.get(what, 0):
-            print(form % (PROGRAM, count - reported.get(what, 0), what), file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):          # nobody reads standard error
+                print(form % (PROGRAM, count - reported.get(what, 0), what), file=sys.stderr, flush=True)
     return lost
 
 
@@ -640,7 +690,7 @@ def trace(args, bpf):
     signal.setitimer(signal.ITIMER_REAL, args.duration or 0)
     write(header(args))
     while not stop:
-        time.sleep(INTERVAL)
+        time.sleep(0.1)         # the time that a line may be late
         stop = signal.sigpending() & STOP_SIGNALS or reader.poll(0)
         records = read()
         if stop and not args.pid:       # sessions that are over but that nobody has accepted: their owner is not known
@@ -652,8 +702,12 @@ def trace(args, bpf):
 
 
 def main():
-    args = parse_args()
     try:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # for --help and --ebpf, which Python prints
+        args = parse_args()
+        if args.ebpf:
+            return print("/* %s */\n%s" % (" ".join(cflags(args)), bpf_text))
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         trace(args, load(args))
     except BrokenPipeError:
         pass

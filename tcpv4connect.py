@@ -4,7 +4,7 @@
 #               For Linux, uses bcc, eBPF.
 #
 # usage: tcpv4connect [-h] [-t] [-p PID] [-T] [-U] [-u UID] [-P PORT] [--json] [--netns NETNS]
-#                     [--duration SECONDS] [--probes {tracepoint,kprobe}]
+#                     [--duration SECONDS] [--probes {tracepoint,kprobe}] [--ebpf]
 #
 # Prints one line for each active IPv4 connection that a process attempts; it may fail afterwards. IPv4 from an IPv6
 # socket (v4-mapped addresses) is shown too, IPv6 is not.
@@ -12,8 +12,7 @@
 # Traces the sock:inet_sock_set_state tracepoint (tcp_set_state() before Linux 4.17), where a socket enters SYN_SENT.
 # That happens inside connect(), so the current process is the one that connects, and after a route has been found.
 #
-# CAVEATS: a connect() that finds no route never gets that far and is not shown. Subflows that Multipath TCP opens later
-# are connects of a kernel thread.
+# CAVEATS: a connect() that finds no route never gets that far and is not shown.
 
 import signal
 
@@ -48,7 +47,6 @@ examples = """examples:
     ./tcpv4connect -t        # include timestamps
     ./tcpv4connect -p 181    # only trace PID 181
     ./tcpv4connect -P 80,443 # only trace ports 80 and 443
-    ./tcpv4connect -u 1000   # only trace UID 1000
     ./tcpv4connect --json    # one JSON object per line
 """
 
@@ -57,12 +55,11 @@ KERNEL = tuple(int(n) for n in re.findall("[0-9]+", os.uname().release)[:2])
 KERNEL_TYPES = ["tcp_sock", "net"]
 RING_PAGES = (4 << 20) // mmap.PAGESIZE if KERNEL >= (5, 8) else 0      # 4 MiB: a second of the fastest load measured
 PERF_PAGES = (1 << 20) // mmap.PAGESIZE         # per CPU, where there is no ring buffer
-INTERVAL = 0.1                  # seconds between two looks at the ring buffer
+HARMLESS = b"_second" if KERNEL >= (7, 0) else b""      # skipping programs of such names loses no connect
 LOSSES = ["connects lost: the ring buffer was full", "state changes lost: the kernel did not run the probe"]
 
 bpf_text = r"""
 #include <linux/tcp.h>
-#include <net/net_namespace.h>
 #include <net/sock.h>
 
 /* A member of a kernel object. */
@@ -94,39 +91,36 @@ BPF_RINGBUF_OUTPUT(events, RING_PAGES);
 BPF_PERF_OUTPUT(events);
 #endif
 
+static inline void count_lost(int what)
+{
+    u64 *n = lost.lookup(&what);
+
+    if (n)
+        __sync_fetch_and_add(n, 1);
+}
+
 /*
- * The kernel skips a program that is already running on this CPU (since 6.1): the events of a softirq that interrupts
- * it would be lost, and on 7.2 those of a process that preempts it. So a tracepoint has two programs, and the second
- * handles what the first was skipped for. Marked is what is between the two: in a stack of two for a softirq on top of
- * a process, and in a slot of its own for a preempted process.
+ * Since 7.0 a program can be preempted, and the kernel skips it for a process that takes the CPU meanwhile. So there is
+ * a second program, which handles what the first was skipped for. What the first has handled is marked until then.
  */
-struct marks {
-    u64 top, below;
-};
-#define SLOT_BITS 10
-BPF_PERCPU_ARRAY(marks, struct marks, 1 << SLOT_BITS);
+#if PREEMPTIBLE
+BPF_TABLE("lru_hash", u64, u8, marks, 1 << 14);         /* not per CPU: a preempted process may move to another one */
 
 static inline bool is_mine(u64 event, bool first)
 {
-    u32 slot = event * 0x9e3779b97f4a7c15 >> (64 - SLOT_BITS);      /* Fibonacci hashing */
-    struct marks *m = marks.lookup(&slot);
+    u8 one = 1;
 
-    if (!m)
-        return false;           /* never */
-    if (first) {
-        m->below = m->top;
-        m->top = event;
-        return true;
-    }
-    if (m->top != event && m->below != event) {
-        lost.atomic_increment(RESCUED);
-        return true;
-    }
-    if (m->top == event)
-        m->top = m->below;
-    m->below = 0;
-    return false;
+    if (first)
+        marks.update(&event, &one);
+    else if (!marks.delete(&event))
+        return false;
+    else
+        count_lost(RESCUED);
+    return true;
 }
+#else
+#define is_mine(event, first) true      /* connect() runs in no interrupt, and only the first is attached */
+#endif
 
 /* MPTCP's own sockets and SCTP's report their states here too; MPTCP's subflows are TCP. */
 static inline u16 protocol_of(struct sock *sk)
@@ -141,8 +135,15 @@ static inline u16 protocol_of(struct sock *sk)
 /* Only for use where the current process is known to be the one that uses the socket. */
 static inline void set_owner(struct owner *o)
 {
-    bpf_get_current_comm(&o->comm, sizeof(o->comm));
+#if PIDNS
+    struct bpf_pidns_info ns = {};
+
+    bpf_get_ns_current_pid_tgid(PIDNS_DEV, PIDNS, &ns, sizeof(ns));
+    o->pid = ns.tgid;           /* 0 for a process of another namespace */
+#else
     o->pid = bpf_get_current_pid_tgid() >> 32;
+#endif
+    bpf_get_current_comm(&o->comm, sizeof(o->comm));
 }
 
 static inline void state_change(void *ctx, struct sock *sk, int oldstate, int newstate)
@@ -172,7 +173,7 @@ static inline void state_change(void *ctx, struct sock *sk, int oldstate, int ne
 #else
     if (events.perf_submit(ctx, &e, sizeof(e)))
 #endif
-        lost.atomic_increment(LOST_EVENT);
+        count_lost(LOST_EVENT);
 }
 
 static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
@@ -195,6 +196,7 @@ int kprobe_set_state(struct pt_regs *ctx, struct sock *sk, int newstate)
 
 # struct event, behind the ring buffer's own header of a record (length and flags, page offset)
 RECORD = struct.Struct("=8xQ20sII4s4sH2x")
+ipv4 = functools.lru_cache(maxsize=1024)(socket.inet_ntoa)
 TEXT = "%-6s %-12.12s %-16s %-16s %s\n"
 JSON = '{"ts":%.6f,%s,"uid":%d,"ip":4,"saddr":"%s","daddr":"%s","dport":%d,"netns":%d}\n'
 
@@ -202,15 +204,20 @@ JSON = '{"ts":%.6f,%s,"uid":%d,"ip":4,"saddr":"%s","daddr":"%s","dport":%d,"netn
 def number(low, high, kind=int):
     """Returns a converter for argparse: a number from low to high in plain digits, as an int or a float."""
     def number(text):
-        plain = text.isascii() and text.replace(".", "", kind is float).isdecimal()
-        if not plain or not low <= kind(text) <= high:
+        if not re.fullmatch(r"\d+" if kind is int else r"\d*\.?\d+", text, re.A) or not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError("not a number from %s to %s: %r" % (low, high, text))
         return kind(text)
     return number
 
 
-def ports(text):
-    return [number(1, 65535)(port) for port in text.split(",")]
+def process(text):
+    """Returns a process ID. The process need not exist yet, but a thread is none."""
+    pid = number(1, 1 << 22)(text)
+    with contextlib.suppress(OSError), open("/proc/%d/status" % pid) as status:
+        leader = int(status.read().split("Tgid:")[1].split()[0])
+        if leader != pid:
+            raise argparse.ArgumentTypeError("%d is a thread of process %d" % (pid, leader))
+    return pid
 
 
 def netns(text):
@@ -229,23 +236,36 @@ def parse_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)
     add = parser.add_argument
     add("-t", "--timestamp", action="store_true", help="include timestamp on output")
-    add("-p", "--pid", type=number(1, 1 << 22), help="trace this PID only")
+    add("-p", "--pid", type=process, help="trace this PID only")
     add("-T", "--time", action="store_true", help="include time column on output (HH:MM:SS)")
     add("-U", "--print-uid", action="store_true", help="include UID on output")
     add("-u", "--uid", type=number(0, 0xffffffff), help="trace this UID only")
-    add("-P", "--port", type=ports, help="comma-separated list of destination ports to trace.")
+    add("-P", "--port", type=lambda text: [number(1, 65535)(port) for port in text.split(",")],
+        help="comma-separated list of destination ports to trace.")
     add("--json", action="store_true", help="print one JSON object per line, with exact times")
     add("--netns", type=netns, help="trace this network namespace only: inode number, path or name")
     add("--duration", metavar="SECONDS", type=number(0.001, 1e9, float), help="exit after this many seconds")
     add("--probes", choices=("tracepoint", "kprobe"), help="use this kind of probe only (default: the tracepoint)")
+    add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     args = parser.parse_args(argv)
     args.form = args.time * "%-8s " + args.timestamp * "%-8s " + args.print_uid * "%-5s " + TEXT
     return args
 
 
+def pid_namespace():
+    """Returns macros for the PID namespace in which the tool runs: 0 for the initial one."""
+    namespace = os.stat("/proc/self/ns/pid")
+    is_initial = namespace.st_ino == 0xeffffffc         # PROC_PID_INIT_INO, include/linux/proc_ns.h
+    if KERNEL < (5, 7) and not is_initial:
+        print("%s: before Linux 5.7 the PIDs are the host's, not this PID namespace's" % PROGRAM, file=sys.stderr)
+    return {"PIDNS": 0 if is_initial or KERNEL < (5, 7) else namespace.st_ino, "PIDNS_DEV": os.minor(namespace.st_dev)}
+
+
 def cflags(args):
     """Returns the arguments as macros for the C text. Only numbers get there."""
     macros = {
+        **pid_namespace(),
+        "PREEMPTIBLE": int(KERNEL >= (7, 0)),
         "RING_PAGES": RING_PAGES,
         "FILTER_PID": args.pid or 0,
         "IS_WANTED_UID(uid)": "true" if args.uid is None else "uid == %du" % args.uid,
@@ -261,9 +281,9 @@ def attach(bcc, args):
     if args.probes == "kprobe" or KERNEL < (4, 17):
         bpf.attach_kprobe(event="tcp_set_state", fn_name="kprobe_set_state")
     else:
-        bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name="tracepoint_set_state_first")
-        bpf.raw_tracepoint_fds.clear()          # bcc refuses a second program on a raw tracepoint that it knows of
-        bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name="tracepoint_set_state_second")
+        for fn_name in ["tracepoint_set_state_first"] + ["tracepoint_set_state_second"] * (KERNEL >= (7, 0)):
+            bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name=fn_name)
+            bpf.raw_tracepoint_fds.clear()      # bcc refuses a second program on a raw tracepoint that it knows of
     return bpf
 
 
@@ -278,8 +298,7 @@ def load(args):
         sys.exit("%s: %s: %s has no bcc: install python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora)"
                  % (PROGRAM, error, sys.executable))
     except Exception as error:
-        hint = ": needs root, or the capabilities that the manual page names" if os.geteuid() else ""
-        sys.exit("%s: cannot trace: %s%s" % (PROGRAM, error, hint))
+        sys.exit("%s: cannot trace: %s" % (PROGRAM, error))
 
 
 def open_events(bpf, record):
@@ -307,12 +326,15 @@ def open_events(bpf, record):
     position, produced, data = ctypes.c_ulong.from_buffer(consumer), ring[:8].cast("L"), ring[page:]
 
     def read():
-        start = position.value & size - 1
-        records = data[start:start + produced[0] - position.value]
+        start, end = position.value & size - 1, produced[0]
+        time.sleep(0)           # gives up Python's lock and takes it again: what libbpf has a memory barrier for
+        records = data[start:start + end - position.value]
         lengths = records.cast("I")[::record.size // 4].tolist()
         # A length with a flag in it: another CPU is still writing that record.
         whole = next((n for n, length in enumerate(lengths) if length != record.size - 8), len(lengths))
+        time.sleep(0)
         taken = bytes(records[:whole * record.size])
+        time.sleep(0)
         position.value += len(taken)            # from now on the kernel may write there
         return taken
     return read
@@ -323,13 +345,10 @@ def losses(bpf):
     *counts, rescued = (count.value for count in bpf["lost"].values())
     skipped = 0                 # how often a program was not run because it was running already (since Linux 5.12)
     for name, function in bpf.funcs.items():
-        if not name.endswith((b"_second", b"_destroy")):        # what these are skipped for is not lost
+        if not name.endswith(HARMLESS):
             with open("/proc/self/fdinfo/%d" % function.fd) as info:
                 skipped += sum(int(n) for n in re.findall(r"recursion_misses:\s*(\d+)", info.read()))
     return dict(zip(LOSSES, [*counts, skipped - rescued]))
-
-
-ipv4 = functools.lru_cache(maxsize=1024)(socket.inet_ntoa)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -383,7 +402,8 @@ def report(lost, reported, form="%s: %d %s"):
     """Prints the losses that have not been reported yet. Returns what is reported now."""
     for what, count in lost.items():
         if count > reported.get(what, 0):
-            print(form % (PROGRAM, count - reported.get(what, 0), what), file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):          # nobody reads standard error
+                print(form % (PROGRAM, count - reported.get(what, 0), what), file=sys.stderr, flush=True)
     return lost
 
 
@@ -394,7 +414,7 @@ def trace(args, bpf):
     signal.setitimer(signal.ITIMER_REAL, args.duration or 0)
     write(header(args))
     while not stop:
-        time.sleep(INTERVAL)
+        time.sleep(0.1)         # the time that a line may be late
         stop = signal.sigpending() & STOP_SIGNALS or reader.poll(0)
         wall = time.time_ns() - time.monotonic_ns()     # each time anew: the clock may have been set
         write("".join([line(args, record, start, wall) for record in RECORD.iter_unpack(read())]))
@@ -403,8 +423,12 @@ def trace(args, bpf):
 
 
 def main():
-    args = parse_args()
     try:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # for --help and --ebpf, which Python prints
+        args = parse_args()
+        if args.ebpf:
+            return print("/* %s */\n%s" % (" ".join(cflags(args)), bpf_text))
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         trace(args, load(args))
     except BrokenPipeError:
         pass

@@ -12,8 +12,8 @@ set -eu
 cd "$(dirname "$0")/.."
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
-network='bindsnoop gethostlatency mptcpify netqtop nfsdist nfsslower skbdrop sofdsnoop solisten sslsniff tcpaccept tcpcong
-    tcpconnect tcpconnlat tcpdrop tcplife tcpretrans tcprtt tcpstates tcpsubnet tcpsynbl tcptop tcptracer'
+network='bindsnoop gethostlatency mptcpify netqtop nfsdist nfsslower skbdrop sofdsnoop solisten sslsniff tcpaccept
+    tcpcong tcpconnect tcpconnlat tcpdrop tcplife tcpretrans tcprtt tcpstates tcpsubnet tcpsynbl tcptop tcptracer'
 
 all_tools() {
     for path in /usr/sbin/*-bpfcc /usr/share/bcc/tools/*; do

@@ -166,11 +166,26 @@ class TaggedMembers(unittest.TestCase):
         self.assertEqual(btfheaders.without_tagged_members(text), text)
 
 
+def setUpModule():
+    tempfile.tempdir = tempfile.mkdtemp()       # where nobody else has files
+
+
+def tearDownModule():
+    os.rmdir(tempfile.tempdir)
+    tempfile.tempdir = None
+
+
+def descriptors():
+    """The open ones, without those of the namespace in which bcc finds tracefs, where there is none otherwise."""
+    paths = {fd: os.readlink(fd.path) for fd in os.scandir("/proc/self/fd") if os.path.exists(fd.path)}
+    return sorted(fd.name for fd, path in paths.items() if not path.startswith("mnt:"))
+
+
 def process_state():
     """What a compiler in another thread must leave as it was."""
     return (os.getcwd(), os.readlink("/proc/self/root"), os.readlink("/proc/self/ns/mnt"),
             os.readlink("/proc/thread-self/ns/mnt"), pathlib.Path("/proc/self/mounts").read_text(),
-            sorted(os.listdir("/proc/self/fd")), dict(os.environ), sorted(os.listdir(tempfile.gettempdir())))
+            descriptors(), dict(os.environ), os.listdir(tempfile.gettempdir()))
 
 
 class Compiled(unittest.TestCase):
