@@ -259,8 +259,7 @@ def compiled(types, compile_it):
     """Return what compile_it() returns: a function that compiles, loads and attaches a program with bcc.
 
     bcc finds the named kernel types in the kernel's BTF, or else in the installed headers. What it prints is held back,
-    and the compiler's memory is given back at the end. Raises OSError if there are no types, and what compile_it raises
-    with the reason that bcc has printed.
+    and the compiler's memory is given back at the end. Raises what compile_it raises, with the reason that bcc printed.
 
     compile_it runs in a thread, with a mount namespace of its own if CAP_SYS_ADMIN allows it. It must not look up
     kernel symbols there: bcc would keep the short list that it finds.
