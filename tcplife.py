@@ -609,7 +609,7 @@ def losses(bpf):
         if not name.endswith(HARMLESS):
             with open("/proc/self/fdinfo/%d" % function.fd) as info:
                 skipped += sum(int(n) for n in re.findall(r"recursion_misses:\s*(\d+)", info.read()))
-    *counts, rescued = (count.value for count in bpf["lost"].values())          # later: what is skipped is rescued after
+    *counts, rescued = (count.value for count in bpf["lost"].values())      # read last: skipped comes before rescued
     return dict(zip(LOSSES, [*counts, skipped - rescued]))
 
 
