@@ -469,12 +469,12 @@ def open_events(bpf, record):
 
 def losses(bpf):
     """Returns {what was lost: how often since the start}."""
-    *counts, rescued = (count.value for count in bpf["lost"].values())
     skipped = 0                 # how often a program was not run because it was running already (since Linux 5.12)
     for name, function in bpf.funcs.items():
         if not name.endswith(HARMLESS):
             with open("/proc/self/fdinfo/%d" % function.fd) as info:
                 skipped += sum(int(n) for n in re.findall(r"recursion_misses:\s*(\d+)", info.read()))
+    *counts, rescued = (count.value for count in bpf["lost"].values())      # read last: skipped comes before rescued
     return dict(zip(LOSSES, [*counts, skipped - rescued]))
 
 
@@ -523,13 +523,14 @@ def line(args, record, start, wall):
 
 
 def write(text):
-    """Prints all of it now, or what is read of it until the tool is to stop and nobody has read for a second."""
+    """Prints all of it now. Returns True if the tool is to stop and nobody has read for a second."""
     data = memoryview(text.encode())
     while data:
         if select.select([], [1], [], 1)[1]:
             data = data[os.write(1, data[:select.PIPE_BUF]):]       # so much never blocks
         elif signal.sigpending() & STOP_SIGNALS:
-            return print("%s: the output was not read to its end" % PROGRAM, file=sys.stderr)
+            print("%s: the output was not read to its end" % PROGRAM, file=sys.stderr)
+            return True
 
 
 def report(lost, reported, form="%s: %d %s"):
@@ -553,7 +554,7 @@ def trace(args, bpf):
         records = list(RECORD.iter_unpack(read()))
         start = start or (records and records[0][0])
         wall = time.time_ns() - time.monotonic_ns()     # each time anew: the clock may have been set
-        write("".join([line(args, record, start, wall) for record in records]))
+        stop = write("".join([line(args, record, start, wall) for record in records])) or stop
         reported = report(losses(bpf), reported)
     report(losses(bpf), {}, "%s: in all %d %s")
 
