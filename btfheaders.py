@@ -298,8 +298,8 @@ def private_mounts(stack):
 
     Returns the path of that directory; None without CAP_SYS_ADMIN. Everything ends with the process, or before.
     """
-    libc = ctypes.CDLL(None)
-    if libc.unshare(CLONE_NEWNS) or libc.mount(None, b"/", None, MS_REC | MS_SLAVE, None):
+    libc, slave = ctypes.CDLL(None), MS_REC | MS_SLAVE
+    if libc.unshare(CLONE_NEWNS) or any(libc.mount(None, top, None, slave, None) for top in (b"/proc", b"/sys")):
         return None         # slaves: nothing that is mounted here gets out
     for kind, path, events in ((b"tracefs", b"/sys/kernel/tracing", b"/events"),
                                (b"debugfs", b"/sys/kernel/debug", b"/tracing/events")):

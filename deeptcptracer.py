@@ -302,7 +302,12 @@ static inline void emit(void *ctx, struct sock *sk, struct owner *o, u8 event, u
     e->pad = 0;
     e->netns = netns;
     e->stack_size = 0;
-#if STACK_DEPTH
+#if STACK_DEPTH && KPROBES && defined(__aarch64__)
+    /* At a function's entry the caller is in the link register only, which the kernel's walk leaves out. */
+    e->stack_size = bpf_get_stack(ctx, e->stack + 1, sizeof(e->stack) - sizeof(u64), 0) + sizeof(u64);
+    e->stack[0] = e->stack[1];
+    e->stack[1] = ((struct pt_regs *)ctx)->regs[30];
+#elif STACK_DEPTH
     e->stack_size = bpf_get_stack(ctx, e->stack, sizeof(e->stack), 0);
 #endif
 #if RING_PAGES

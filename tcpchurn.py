@@ -561,6 +561,10 @@ def socket_inodes(pid):
 def learn_existing(args, bpf):
     """Tells the kernel side which sockets the process has already."""
     table, unknown = bpf["existing"], 0
+    try:
+        os.listdir("/proc/%d/fd" % args.pid)
+    except PermissionError:
+        print("%s: sockets from before the start not known: needs CAP_SYS_PTRACE" % PROGRAM, file=sys.stderr)
     for inode in socket_inodes(args.pid):
         try:
             table[table.Key(inode)] = table.Leaf(1)

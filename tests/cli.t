@@ -140,7 +140,11 @@ few_capabilities() {
 deleted_namespace() {
     namespace=tcpt-gone-$$-$1
     ip netns add "$namespace" || return 1
-    (sleep 1.5; ip netns del "$namespace") &
+    (for _ in $(seq 100); do    # until it prints, so traces
+        [ ! -s "$tmp/out" ] || break
+        sleep 0.1
+    done
+    ip netns del "$namespace") &
     exits 0 '' "./$@" --netns "$namespace" --duration 2
 }
 
