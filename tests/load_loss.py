@@ -111,6 +111,18 @@ class Loss(unittest.TestCase):
                 self.churn.run(20000, 2)
             self.assertEqual(len(tracer.lines) - HEADINGS[tool], lines, tool)
 
+    def test_marks_that_collide(self):
+        """All events share two places to be marked in, and other CPUs' packets interrupt: each connect is printed once."""
+        def share_packets(cpus):
+            subprocess.run(["ip", "netns", "exec", self.namespaces.client, "sh", "-c",
+                            "echo %x >/sys/class/net/lo/queues/rx-0/rps_cpus" % cpus], check=True)
+        share_packets((1 << os.cpu_count()) - 1)
+        self.addCleanup(share_packets, 0)
+        with live.Tracer("tcpv4connect", "--netns", self.namespaces.client, before="tcpv4connect.bpf_text = "
+                         "tcpv4connect.bpf_text.replace('SLOT_BITS 10', 'SLOT_BITS 1')") as tracer:
+            self.churn.run(40000, 2)
+        self.assertEqual(len(tracer.lines) - HEADINGS["tcpv4connect"], 80000)
+
     def test_ten_thousand_a_second(self):
         where = ["-N", self.namespaces.client]
         with live.Tracer("deeptcptracer", "-e", "tcp_set_state,tcp_send_fin,tcp_fin", *where) as tracer:
