@@ -24,6 +24,7 @@ RUFF    = .venv/bin/ruff
 RUFF_VERSION = 0.17.6
 
 SBIN = $(DESTDIR)$(PREFIX)/sbin
+MAN7 = $(DESTDIR)$(PREFIX)/share/man/man7
 MAN8 = $(DESTDIR)$(PREFIX)/share/man/man8
 DOC  = $(DESTDIR)$(PREFIX)/share/doc/tcp-tracers/examples
 
@@ -75,18 +76,20 @@ tools:
 	@echo $(TOOLS)
 
 install:
-	install -d $(SBIN) $(MAN8) $(DOC)
+	install -d $(SBIN) $(MAN7) $(MAN8) $(DOC)
 	for tool in $(TOOLS); do \
 	    install -m 755 $$tool.py $(SBIN)/$$tool && install -m 644 man/man8/$$tool.8 $(MAN8) && \
 	    install -m 644 examples/$${tool}_example.txt $(DOC) || exit 1; \
 	done
 	install -m 755 btfheaders.py $(SBIN)
+	install -m 644 man/man8/btfheaders.8 $(MAN8)
+	install -m 644 man/man7/tcp-tracers.7 $(MAN7)
 
 uninstall:
 	for tool in $(TOOLS); do \
 	    rm -f $(SBIN)/$$tool $(MAN8)/$$tool.8 $(DOC)/$${tool}_example.txt; \
 	done
-	rm -f $(SBIN)/btfheaders.py
+	rm -f $(SBIN)/btfheaders.py $(MAN8)/btfheaders.8 $(MAN7)/tcp-tracers.7
 	-rmdir $(DOC) $(dir $(DOC)) 2>/dev/null
 
 .PHONY: help tools demo test test-load test-fresh test-kernels lint bench soak deps-demo deps-test deps-kernels \

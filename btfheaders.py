@@ -59,14 +59,14 @@ HEADERS = {
     "uapi/linux": "bpf_perf_event if_ether if_packet in in6 ip ipv6 limits openat2 ptrace sched tcp types udp un",
 }
 
-# BTF has no macros, and an enum without a name cannot be looked up. So here are constants that have the same value in
-# every kernel, most of them since user space relies on it.
-CONSTANTS = """
+# BTF has no macros, and an enum without a name cannot be looked up. These are the same in every kernel, most of them
+# because user space relies on it.
+MACROS = """
     AF_INET6=10 AF_INET=2 AF_UNIX=1 BITS_PER_LONG=(8*sizeof(long)) CONFIG_BPF_SYSCALL=1 DISK_NAME_LEN=32
     DNAME_INLINE_LEN=32 E2BIG=7 EEXIST=17 EINVAL=22 ENOENT=2 ENOMEM=12 EPERM=1 ETH_ALEN=6 ETH_HLEN=14 ETH_P_ARP=0x806
     ETH_P_IP=0x800 ETH_P_IPV6=0x86dd false=0 FMODE_CREATED=0x100000 IFNAMSIZ=16 IPPROTO_ICMP=1 IPPROTO_MPTCP=262
     IPPROTO_TCP=6 IPPROTO_UDP=17 NAME_MAX=255 NULL=((void*)0) PAGE_OFFSET=0xffff000000000000 PATH_MAX=4096
-    REQ_OP_MASK=0xff SCM_RIGHTS=1 TASK_COMM_LEN=16 TASK_RUNNING=0 true=1
+    REQ_OP_MASK=0xff s6_addr=in6_u.u6_addr8 SCM_RIGHTS=1 TASK_COMM_LEN=16 TASK_RUNNING=0 true=1
 """.split()
 # Members of struct sock_common that kernel sources call sk_<name>, or inet_<name> with a struct inet_sock.
 SOCK_MEMBERS = "bound_dev_if daddr dport family hash net num prot rcv_saddr reuse state v6_daddr v6_rcv_saddr".split()
@@ -207,7 +207,7 @@ def without_tagged_members(text):
 def write_tree(root, types):
     """Write the tree for these types below the directory root. Returns the text of the types; raises OSError."""
     version = (re.findall(r"\d+", os.uname().release) + ["0", "0"])[:3]
-    macros = [constant.replace("=", " ", 1) for constant in CONSTANTS]
+    macros = [macro.replace("=", " ", 1) for macro in MACROS]
     macros += ["sk_%s __sk_common.skc_%s" % (name, name) for name in SOCK_MEMBERS]
     macros += ["inet_%s sk.__sk_common.skc_%s" % (name, name) for name in INET_MEMBERS]
     macros += ["PAGE_SHIFT %d" % (mmap.PAGESIZE.bit_length() - 1), "BTF_HEADERS 1"]
@@ -259,8 +259,7 @@ def compiled(types, compile_it):
     """Return what compile_it() returns: a function that compiles, loads and attaches a program with bcc.
 
     bcc finds the named kernel types in the kernel's BTF, or else in the installed headers. What it prints is held back,
-    and the compiler's memory is given back at the end. Raises OSError if there are no types, and what compile_it raises
-    with the reason that bcc has printed.
+    and the compiler's memory is given back at the end. Raises what compile_it raises, with the reason that bcc printed.
 
     compile_it runs in a thread, with a mount namespace of its own if CAP_SYS_ADMIN allows it. It must not look up
     kernel symbols there: bcc would keep the short list that it finds.
@@ -299,8 +298,8 @@ def private_mounts(stack):
 
     Returns the path of that directory; None without CAP_SYS_ADMIN. Everything ends with the process, or before.
     """
-    libc = ctypes.CDLL(None)
-    if libc.unshare(CLONE_NEWNS) or libc.mount(None, b"/", None, MS_REC | MS_SLAVE, None):
+    libc, slave = ctypes.CDLL(None), MS_REC | MS_SLAVE
+    if libc.unshare(CLONE_NEWNS) or any(libc.mount(None, top, None, slave, None) for top in (b"/proc", b"/sys")):
         return None         # slaves: nothing that is mounted here gets out
     for kind, path, events in ((b"tracefs", b"/sys/kernel/tracing", b"/events"),
                                (b"debugfs", b"/sys/kernel/debug", b"/tracing/events")):

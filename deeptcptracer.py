@@ -4,7 +4,7 @@
 #                For Linux, uses bcc, eBPF.
 #
 # usage: deeptcptracer [-h] [-p PID] [-t] [-K] [-s ADDRESS] [-d ADDRESS] [-S PORT] [-D PORT] [-N NETNS] [-e LIST | -R]
-#                      [-4 | -6] [--json] [--duration SECONDS] [--probes {tracepoint,kprobe}]
+#                      [-4 | -6] [--json] [--duration SECONDS] [--probes {tracepoint,kprobe}] [--ebpf]
 #
 # Prints one line per event: the process that owns the socket, the local and the remote address, the TCP state, the
 # socket's error; with -K the kernel stack below it.
@@ -72,6 +72,7 @@ MAX_SOCKETS = 1 << 18           # live sockets
 STACK_DEPTH = 48                # frames
 RING_PAGES = (16 << 20) // mmap.PAGESIZE if KERNEL >= (5, 8) else 0     # 16 MiB: 170,000 events without stacks
 PERF_PAGES = (1 << 20) // mmap.PAGESIZE         # per CPU, where there is no ring buffer
+HARMLESS = b"_second", b"_destroy"              # programs of these names lose nothing when they are skipped
 LOSSES = ["events lost: the ring buffer was full", "owners lost: the map of live sockets was full",
           "events or owners lost: the kernel did not run the probe"]
 # Frames on top of a stack that belong to the tracing itself; a BPF program has no name there.
@@ -80,11 +81,9 @@ TRACING_FRAMES = re.compile(rb"_*bpf_|__traceiter_|_*trace_|_*do_trace|perf_|k(r
 bpf_text = r"""
 #include <linux/fdtable.h>
 #include <linux/fs.h>
-#include <linux/net.h>
 #include <linux/sched.h>
 #include <linux/skbuff.h>
 #include <linux/tcp.h>
-#include <net/net_namespace.h>
 #include <net/sock.h>
 
 #define IS_IPV4(address) (!(address)[0] && !(address)[1] && (address)[2] == htonl(0xffff))
@@ -140,38 +139,48 @@ static inline void count_lost(int what)
 }
 
 /*
- * The kernel skips a program that is already running on this CPU (since 6.1): the events of a softirq that interrupts
- * it would be lost, and on 7.2 those of a process that preempts it. So a tracepoint has two programs, and the second
- * handles what the first was skipped for. Marked is what is between the two: in a stack of two for a softirq on top of
- * a process, and in a slot of its own for a preempted process.
+ * The kernel skips a program that is already running on this CPU (since 6.1): it would miss the events of a softirq on
+ * top of it and, since 7.0, where it can be preempted, those of a process that takes the CPU meanwhile. So a tracepoint
+ * has a second program, which handles what the first was skipped for. What the first has handled is marked until then.
  */
-struct marks {
-    u64 top, below;
-};
-#define SLOT_BITS 10
-BPF_PERCPU_ARRAY(marks, struct marks, 1 << SLOT_BITS);
+#if PREEMPTIBLE
+BPF_TABLE("lru_hash", u64, u8, marks, 1 << 14);         /* not per CPU: a preempted process may move to another one */
 
 static inline bool is_mine(u64 event, bool first)
 {
-    u32 slot = event * 0x9e3779b97f4a7c15 >> (64 - SLOT_BITS);      /* Fibonacci hashing */
-    struct marks *m = marks.lookup(&slot);
+    u8 one = 1;
 
-    if (!m)
+    if (first)
+        marks.update(&event, &one);
+    else if (!marks.delete(&event))
+        return false;
+    else
+        count_lost(RESCUED);
+    return true;
+}
+#else
+BPF_PERCPU_ARRAY(marks, u64, 2);        /* a softirq's event on top of a process's */
+
+static inline bool is_mine(u64 event, bool first)
+{
+    int zero = 0, one = 1;
+    u64 *top = marks.lookup(&zero), *below = marks.lookup(&one);
+
+    if (!top || !below)
         return false;           /* never */
     if (first) {
-        m->below = m->top;
-        m->top = event;
-        return true;
-    }
-    if (m->top != event && m->below != event) {
+        *below = *top;
+        *top = event;
+    } else if (*top == event || *below == event) {
+        *top = *top == event ? *below : *top;
+        *below = 0;
+        return false;
+    } else {
         count_lost(RESCUED);
-        return true;
     }
-    if (m->top == event)
-        m->top = m->below;
-    m->below = 0;
-    return false;
+    return true;
 }
+#endif
 
 /* MPTCP's own sockets and SCTP's report their states here too; MPTCP's subflows are TCP. */
 static inline u16 protocol_of(struct sock *sk)
@@ -229,10 +238,7 @@ static inline void set_owner(struct owner *o)
 }
 
 /* A kernel thread closes for others: MPTCP's worker, io_uring's, the collector of Unix sockets. */
-static inline bool is_kthread(void)
-{
-    return READ((struct task_struct *)bpf_get_current_task(), flags) & 0x00200000;      /* PF_KTHREAD */
-}
+#define is_kthread() (READ((struct task_struct *)bpf_get_current_task(), flags) & 0x00200000 /* PF_KTHREAD */)
 
 static inline void remember_owner(struct sock *sk)
 {
@@ -296,7 +302,12 @@ static inline void emit(void *ctx, struct sock *sk, struct owner *o, u8 event, u
     e->pad = 0;
     e->netns = netns;
     e->stack_size = 0;
-#if STACK_DEPTH
+#if STACK_DEPTH && KPROBES && defined(__aarch64__)
+    /* At a function's entry the caller is in the link register only, which the kernel's walk leaves out. */
+    e->stack_size = bpf_get_stack(ctx, e->stack + 1, sizeof(e->stack) - sizeof(u64), 0) + sizeof(u64);
+    e->stack[0] = e->stack[1];
+    e->stack[1] = ((struct pt_regs *)ctx)->regs[30];
+#elif STACK_DEPTH
     e->stack_size = bpf_get_stack(ctx, e->stack, sizeof(e->stack), 0);
 #endif
 #if RING_PAGES
@@ -623,6 +634,7 @@ def cflags(args):
     """Returns the arguments as macros for the C text. Only numbers get there."""
     macros = {
         **pid_namespace(),
+        "PREEMPTIBLE": int(KERNEL >= (7, 0)),
         "RING_PAGES": RING_PAGES,
         "KPROBES": int(args.kprobes),
         "MAX_SOCKETS": MAX_SOCKETS,
@@ -736,12 +748,12 @@ def open_events(bpf, record):
 
 def losses(bpf):
     """Returns {what was lost: how often since the start}."""
-    *counts, rescued = (count.value for count in bpf["lost"].values())
     skipped = 0                 # how often a program was not run because it was running already (since Linux 5.12)
     for name, function in bpf.funcs.items():
-        if not name.endswith((b"_second", b"_destroy")):        # what these are skipped for is not lost
+        if not name.endswith(HARMLESS):
             with open("/proc/self/fdinfo/%d" % function.fd) as info:
                 skipped += sum(int(n) for n in re.findall(r"recursion_misses:\s*(\d+)", info.read()))
+    *counts, rescued = (count.value for count in bpf["lost"].values())      # read last: skipped comes before rescued
     return dict(zip(LOSSES, [*counts, skipped - rescued]))
 
 
@@ -863,13 +875,14 @@ def line(args, record, wall):
 
 
 def write(text):
-    """Prints all of it now, or what is read of it until the tool is to stop and nobody has read for a second."""
+    """Prints all of it now. Returns True if the tool is to stop and nobody has read for a second."""
     data = memoryview(text.encode())
     while data:
         if select.select([], [1], [], 1)[1]:
             data = data[os.write(1, data[:select.PIPE_BUF]):]       # so much never blocks
         elif signal.sigpending() & STOP_SIGNALS:
-            return print("%s: the output was not read to its end" % PROGRAM, file=sys.stderr)
+            print("%s: the output was not read to its end" % PROGRAM, file=sys.stderr)
+            return True
 
 
 def report(lost, reported, form="%s: %d %s"):
@@ -893,7 +906,7 @@ def trace(args, bpf):
         time.sleep(0.1)         # the time that a line may be late
         stop = signal.sigpending() & STOP_SIGNALS or reader.poll(0)
         wall = time.time_ns() - time.monotonic_ns()     # each time anew: the clock may have been set
-        write("".join([line(args, record, wall) for record in form.iter_unpack(read())]))
+        stop = write("".join([line(args, record, wall) for record in form.iter_unpack(read())])) or stop
         reported = report(losses(bpf), reported)
     report(losses(bpf), {}, "%s: in all %d %s")
 

@@ -4,7 +4,7 @@
 #            For Linux, uses bcc, eBPF.
 #
 # usage: tcpaccept [-h] [-t] [-p PID] [-T] [-P PORT] [-4 | -6] [-r] [--cgroupmap PATH] [--mntnsmap PATH] [--json]
-#                  [--netns NETNS] [--duration SECONDS] [--probes {tracepoint,kprobe}]
+#                  [--netns NETNS] [--duration SECONDS] [--probes {tracepoint,kprobe}] [--ebpf]
 #
 # Prints one line per passive connection that a process has accepted: the process that called accept(), not the one that
 # listens, and the addresses. Connections that nobody accepts are not shown.
@@ -61,16 +61,15 @@ KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "files_struct", "fdtable", "fi
 RECENT = 1024                   # connections per CPU that are remembered as accepted
 RING_PAGES = (4 << 20) // mmap.PAGESIZE if KERNEL >= (5, 8) else 0      # 4 MiB: a second of the fastest load measured
 PERF_PAGES = (1 << 20) // mmap.PAGESIZE         # per CPU, where there is no ring buffer
+HARMLESS = b"_second", b"_destroy"              # programs of these names lose nothing when they are skipped
 LOSSES = ["accepts lost: the ring buffer was full", "accepts lost: another thread had closed the socket already",
           "accepts lost: the kernel did not run the probe"]
 
 bpf_text = r"""
 #include <linux/fdtable.h>
 #include <linux/fs.h>
-#include <linux/net.h>
 #include <linux/tcp.h>
 #include <net/inet_hashtables.h>
-#include <net/net_namespace.h>
 #include <net/sock.h>
 
 /* A member of a kernel object. */
@@ -121,38 +120,27 @@ static inline void count_lost(int what)
 }
 
 /*
- * The kernel skips a program that is already running on this CPU (since 6.1): the events of a softirq that interrupts
- * it would be lost, and on 7.2 those of a process that preempts it. So a tracepoint has two programs, and the second
- * handles what the first was skipped for. Marked is what is between the two: in a stack of two for a softirq on top of
- * a process, and in a slot of its own for a preempted process.
+ * Since 7.0 a program can be preempted, and the kernel skips it for a process that takes the CPU meanwhile. So there is
+ * a second program, which handles what the first was skipped for. What the first has handled is marked until then.
  */
-struct marks {
-    u64 top, below;
-};
-#define SLOT_BITS 10
-BPF_PERCPU_ARRAY(marks, struct marks, 1 << SLOT_BITS);
+#if PREEMPTIBLE
+BPF_TABLE("lru_hash", u64, u8, marks, 1 << 14);         /* not per CPU: a preempted process may move to another one */
 
 static inline bool is_mine(u64 event, bool first)
 {
-    u32 slot = event * 0x9e3779b97f4a7c15 >> (64 - SLOT_BITS);      /* Fibonacci hashing */
-    struct marks *m = marks.lookup(&slot);
+    u8 one = 1;
 
-    if (!m)
-        return false;           /* never */
-    if (first) {
-        m->below = m->top;
-        m->top = event;
-        return true;
-    }
-    if (m->top != event && m->below != event) {
+    if (first)
+        marks.update(&event, &one);
+    else if (!marks.delete(&event))
+        return false;
+    else
         count_lost(RESCUED);
-        return true;
-    }
-    if (m->top == event)
-        m->top = m->below;
-    m->below = 0;
-    return false;
+    return true;
 }
+#else
+#define is_mine(event, first) true      /* accept() runs in no interrupt, and only the first is attached */
+#endif
 
 static inline u16 protocol_of(struct sock *sk)
 {
@@ -386,6 +374,7 @@ def cflags(args):
     """Returns the arguments as macros for the C text. Only numbers get there."""
     macros = {
         **pid_namespace(),
+        "PREEMPTIBLE": int(KERNEL >= (7, 0)),
         "RING_PAGES": RING_PAGES,
         "RECENT": RECENT,
         "CPUS": os.sysconf("SC_NPROCESSORS_CONF"),
@@ -410,10 +399,17 @@ def attach_accept(bpf, args):
         bpf.attach_tracepoint(tp="syscalls:sys_exit_accept", fn_name=fn_name)
 
 
+def c_text(args):
+    """Returns the C text with bcc's function container_should_be_filtered(), if there is a bcc."""
+    with contextlib.suppress(ImportError):
+        from bcc.containers import filter_by_containers
+        return filter_by_containers(args) + bpf_text
+    return bpf_text
+
+
 def attach(bcc, args):
     """Returns the BPF object, compiled, loaded and attached."""
-    from bcc.containers import filter_by_containers
-    bpf = bcc.BPF(text=filter_by_containers(args) + bpf_text, cflags=cflags(args))
+    bpf = bcc.BPF(text=c_text(args), cflags=cflags(args))
     attach_accept(bpf, args)
     return bpf
 
@@ -473,12 +469,12 @@ def open_events(bpf, record):
 
 def losses(bpf):
     """Returns {what was lost: how often since the start}."""
-    *counts, rescued = (count.value for count in bpf["lost"].values())
     skipped = 0                 # how often a program was not run because it was running already (since Linux 5.12)
     for name, function in bpf.funcs.items():
-        if not name.endswith((b"_second", b"_destroy")):        # what these are skipped for is not lost
+        if not name.endswith(HARMLESS):
             with open("/proc/self/fdinfo/%d" % function.fd) as info:
                 skipped += sum(int(n) for n in re.findall(r"recursion_misses:\s*(\d+)", info.read()))
+    *counts, rescued = (count.value for count in bpf["lost"].values())      # read last: skipped comes before rescued
     return dict(zip(LOSSES, [*counts, skipped - rescued]))
 
 
@@ -527,13 +523,14 @@ def line(args, record, start, wall):
 
 
 def write(text):
-    """Prints all of it now, or what is read of it until the tool is to stop and nobody has read for a second."""
+    """Prints all of it now. Returns True if the tool is to stop and nobody has read for a second."""
     data = memoryview(text.encode())
     while data:
         if select.select([], [1], [], 1)[1]:
             data = data[os.write(1, data[:select.PIPE_BUF]):]       # so much never blocks
         elif signal.sigpending() & STOP_SIGNALS:
-            return print("%s: the output was not read to its end" % PROGRAM, file=sys.stderr)
+            print("%s: the output was not read to its end" % PROGRAM, file=sys.stderr)
+            return True
 
 
 def report(lost, reported, form="%s: %d %s"):
@@ -557,7 +554,7 @@ def trace(args, bpf):
         records = list(RECORD.iter_unpack(read()))
         start = start or (records and records[0][0])
         wall = time.time_ns() - time.monotonic_ns()     # each time anew: the clock may have been set
-        write("".join([line(args, record, start, wall) for record in records]))
+        stop = write("".join([line(args, record, start, wall) for record in records])) or stop
         reported = report(losses(bpf), reported)
     report(losses(bpf), {}, "%s: in all %d %s")
 
@@ -567,7 +564,7 @@ def main():
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # for --help and --ebpf, which Python prints
         args = parse_args()
         if args.ebpf:
-            return print("/* %s */\n%s" % (" ".join(cflags(args)), bpf_text))
+            return print("/* %s */\n%s" % (" ".join(cflags(args)), c_text(args)))
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         trace(args, load(args))
     except BrokenPipeError:

@@ -4,7 +4,7 @@
 #           For Linux, uses bcc, eBPF.
 #
 # usage: tcpchurn [-h] [-c | --json] [-p] [-w SECONDS [SECONDS ...]] [-i SECONDS] [-a] [--netns NETNS]
-#                 [--duration SECONDS] [--probes {tracepoint,kprobe}] PID
+#                 [--duration SECONDS] [--probes {tracepoint,kprobe}] [--ebpf] PID
 #
 # O counts connections that the process opened: accept() calls that returned one, and connect() attempts. C counts those
 # that ended on this side: the process sent its FIN (close, shutdown, exit), or the connection was torn down (reset,
@@ -63,6 +63,7 @@ BUCKET_SECONDS = 0.1            # at most
 MAX_BUCKETS = 1 << 19           # 14 hours of 0.1 s
 MAX_SOCKETS = 1 << 18           # live connections of the process
 INTERVAL = 0.1                  # seconds between two looks at the process
+HARMLESS = b"_second", b"_destroy"              # programs of these names lose nothing when they are skipped
 LOSSES = ["closes lost: the map of live connections was full",
           "state changes or accepts lost: the kernel did not run the probe"]
 PRIVATE = ["0.0.0.0/8", "10.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16",
@@ -71,10 +72,8 @@ PRIVATE = ["0.0.0.0/8", "10.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "172.16.0
 bpf_text = r"""
 #include <linux/fdtable.h>
 #include <linux/fs.h>
-#include <linux/net.h>
 #include <linux/sched/signal.h>
 #include <linux/tcp.h>
-#include <net/net_namespace.h>
 #include <net/sock.h>
 
 #define IS_IPV4(address) (!(address)[0] && !(address)[1] && (address)[2] == htonl(0xffff))
@@ -110,38 +109,48 @@ static inline void count_lost(int what)
 }
 
 /*
- * The kernel skips a program that is already running on this CPU (since 6.1): the events of a softirq that interrupts
- * it would be lost, and on 7.2 those of a process that preempts it. So a tracepoint has two programs, and the second
- * handles what the first was skipped for. Marked is what is between the two: in a stack of two for a softirq on top of
- * a process, and in a slot of its own for a preempted process.
+ * The kernel skips a program that is already running on this CPU (since 6.1): it would miss the events of a softirq on
+ * top of it and, since 7.0, where it can be preempted, those of a process that takes the CPU meanwhile. So a tracepoint
+ * has a second program, which handles what the first was skipped for. What the first has handled is marked until then.
  */
-struct marks {
-    u64 top, below;
-};
-#define SLOT_BITS 10
-BPF_PERCPU_ARRAY(marks, struct marks, 1 << SLOT_BITS);
+#if PREEMPTIBLE
+BPF_TABLE("lru_hash", u64, u8, marks, 1 << 14);         /* not per CPU: a preempted process may move to another one */
 
 static inline bool is_mine(u64 event, bool first)
 {
-    u32 slot = event * 0x9e3779b97f4a7c15 >> (64 - SLOT_BITS);      /* Fibonacci hashing */
-    struct marks *m = marks.lookup(&slot);
+    u8 one = 1;
 
-    if (!m)
+    if (first)
+        marks.update(&event, &one);
+    else if (!marks.delete(&event))
+        return false;
+    else
+        count_lost(RESCUED);
+    return true;
+}
+#else
+BPF_PERCPU_ARRAY(marks, u64, 2);        /* a softirq's event on top of a process's */
+
+static inline bool is_mine(u64 event, bool first)
+{
+    int zero = 0, one = 1;
+    u64 *top = marks.lookup(&zero), *below = marks.lookup(&one);
+
+    if (!top || !below)
         return false;           /* never */
     if (first) {
-        m->below = m->top;
-        m->top = event;
-        return true;
-    }
-    if (m->top != event && m->below != event) {
+        *below = *top;
+        *top = event;
+    } else if (*top == event || *below == event) {
+        *top = *top == event ? *below : *top;
+        *below = 0;
+        return false;
+    } else {
         count_lost(RESCUED);
-        return true;
     }
-    if (m->top == event)
-        m->top = m->below;
-    m->below = 0;
-    return false;
+    return true;
 }
+#endif
 
 static inline u32 netns_of(struct sock *sk)
 {
@@ -452,6 +461,7 @@ def cflags(args):
     """Returns the arguments as macros for the C text. Only numbers get there."""
     macros = {
         **pid_namespace(),
+        "PREEMPTIBLE": int(KERNEL >= (7, 0)),
         "KPROBES": int(args.kprobes),
         "BUCKETS": buckets(args),
         "BUCKETS_FLAGS": 1024 if KERNEL >= (5, 5) else 0,       # BPF_F_MMAPABLE
@@ -512,12 +522,12 @@ def load(args):
 
 def losses(bpf):
     """Returns {what was lost: how often since the start}."""
-    *counts, rescued = (count.value for count in bpf["lost"].values())
     skipped = 0                 # how often a program was not run because it was running already (since Linux 5.12)
     for name, function in bpf.funcs.items():
-        if not name.endswith((b"_second", b"_destroy")):        # what these are skipped for is not lost
+        if not name.endswith(HARMLESS):
             with open("/proc/self/fdinfo/%d" % function.fd) as info:
                 skipped += sum(int(n) for n in re.findall(r"recursion_misses:\s*(\d+)", info.read()))
+    *counts, rescued = (count.value for count in bpf["lost"].values())      # read last: skipped comes before rescued
     return dict(zip(LOSSES, [*counts, skipped - rescued]))
 
 
@@ -551,6 +561,10 @@ def socket_inodes(pid):
 def learn_existing(args, bpf):
     """Tells the kernel side which sockets the process has already."""
     table, unknown = bpf["existing"], 0
+    try:
+        os.listdir("/proc/%d/fd" % args.pid)
+    except PermissionError:
+        print("%s: sockets from before the start not known: needs CAP_SYS_PTRACE" % PROGRAM, file=sys.stderr)
     for inode in socket_inodes(args.pid):
         try:
             table[table.Key(inode)] = table.Leaf(1)
@@ -616,13 +630,14 @@ def render(args, windows, totals):
 
 
 def write(text):
-    """Prints all of it now, or what is read of it until the tool is to stop and nobody has read for a second."""
+    """Prints all of it now. Returns True if the tool is to stop and nobody has read for a second."""
     data = memoryview(text.encode())
     while data:
         if select.select([], [1], [], 1)[1]:
             data = data[os.write(1, data[:select.PIPE_BUF]):]       # so much never blocks
         elif signal.sigpending() & STOP_SIGNALS:
-            return print("%s: the output was not read to its end" % PROGRAM, file=sys.stderr)
+            print("%s: the output was not read to its end" % PROGRAM, file=sys.stderr)
+            return True
 
 
 def report(lost, reported, form="%s: %d %s"):
@@ -646,7 +661,7 @@ def trace(args, bpf, birth):
         stop = gone or signal.sigpending() & STOP_SIGNALS or reader.poll(0)
         if stop or time.monotonic() >= due:
             due = max(due + args.interval, time.monotonic())
-            write(render(args, *windows.read()))
+            stop = write(render(args, *windows.read())) or stop
             reported = report(losses(bpf), reported)
     if gone:
         print("%s: process %d has ended" % (PROGRAM, args.pid), file=sys.stderr)

@@ -4,7 +4,7 @@
 #          For Linux, uses bcc, eBPF.
 #
 # usage: tcplife [-h] [-T] [-t] [-w | -s | --json] [-p PID] [-L LOCALPORT] [-D REMOTEPORT] [-4 | -6] [--netns NETNS]
-#                [--duration SECONDS] [--owner {accept,close}] [--probes {tracepoint,kprobe}]
+#                [--duration SECONDS] [--owner {accept,close}] [--probes {tracepoint,kprobe}] [--ebpf]
 #
 # Prints one line per finished session: the process that owns the socket, addresses, ports, bytes each way and
 # milliseconds. Both ends are shown when both are on this machine, and so is a connect that failed.
@@ -55,26 +55,25 @@ examples = """examples:
   ./tcplife -L 80        # only trace local port 80
   ./tcplife -L 80,81     # only trace local ports 80 and 81
   ./tcplife -D 80        # only trace remote port 80
-  ./tcplife -6 --json    # IPv6 only, one JSON object per line
+  ./tcplife --json       # one JSON object per line
   ./tcplife --netns web  # only trace the network namespace web
 """
 
 PROGRAM = "tcplife"
 KERNEL = tuple(int(n) for n in re.findall("[0-9]+", os.uname().release)[:2])
 KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "files_struct", "fdtable", "file", "socket", "mptcp_sock"]
-MAX_SESSIONS = 1 << 18          # live sockets: 23 MB of kernel memory
+MAX_SESSIONS = 1 << 18          # live sockets: 27 MB of kernel memory
 MAX_UNCLAIMED = 1 << 14         # sessions that ended before accept() returned them
 RING_PAGES = (8 << 20) // mmap.PAGESIZE if KERNEL >= (5, 8) else 0      # 8 MiB: a second of the fastest load measured
 PERF_PAGES = (1 << 20) // mmap.PAGESIZE         # per CPU, where there is no ring buffer
+HARMLESS = b"_second", b"_destroy"              # programs of these names lose nothing when they are skipped
 LOSSES = ["sessions lost: the ring buffer was full", "sessions lost: the map of live sessions was full",
           "sessions lost: the map of unaccepted sessions was full", "sessions lost: their end was not seen",
           "state changes or accepts lost: the kernel did not run the probe"]
 
 bpf_text = r"""
 #include <linux/fdtable.h>
-#include <linux/net.h>
 #include <linux/tcp.h>
-#include <net/net_namespace.h>
 #include <net/sock.h>
 
 /* A member of a kernel object. */
@@ -125,38 +124,48 @@ static inline void count_lost(int what)
 }
 
 /*
- * The kernel skips a program that is already running on this CPU (since 6.1): the events of a softirq that interrupts
- * it would be lost, and on 7.2 those of a process that preempts it. So a tracepoint has two programs, and the second
- * handles what the first was skipped for. Marked is what is between the two: in a stack of two for a softirq on top of
- * a process, and in a slot of its own for a preempted process.
+ * The kernel skips a program that is already running on this CPU (since 6.1): it would miss the events of a softirq on
+ * top of it and, since 7.0, where it can be preempted, those of a process that takes the CPU meanwhile. So a tracepoint
+ * has a second program, which handles what the first was skipped for. What the first has handled is marked until then.
  */
-struct marks {
-    u64 top, below;
-};
-#define SLOT_BITS 10
-BPF_PERCPU_ARRAY(marks, struct marks, 1 << SLOT_BITS);
+#if PREEMPTIBLE
+BPF_TABLE("lru_hash", u64, u8, marks, 1 << 14);         /* not per CPU: a preempted process may move to another one */
 
 static inline bool is_mine(u64 event, bool first)
 {
-    u32 slot = event * 0x9e3779b97f4a7c15 >> (64 - SLOT_BITS);      /* Fibonacci hashing */
-    struct marks *m = marks.lookup(&slot);
+    u8 one = 1;
 
-    if (!m)
+    if (first)
+        marks.update(&event, &one);
+    else if (!marks.delete(&event))
+        return false;
+    else
+        count_lost(RESCUED);
+    return true;
+}
+#else
+BPF_PERCPU_ARRAY(marks, u64, 2);        /* a softirq's event on top of a process's */
+
+static inline bool is_mine(u64 event, bool first)
+{
+    int zero = 0, one = 1;
+    u64 *top = marks.lookup(&zero), *below = marks.lookup(&one);
+
+    if (!top || !below)
         return false;           /* never */
     if (first) {
-        m->below = m->top;
-        m->top = event;
-        return true;
-    }
-    if (m->top != event && m->below != event) {
+        *below = *top;
+        *top = event;
+    } else if (*top == event || *below == event) {
+        *top = *top == event ? *below : *top;
+        *below = 0;
+        return false;
+    } else {
         count_lost(RESCUED);
-        return true;
     }
-    if (m->top == event)
-        m->top = m->below;
-    m->below = 0;
-    return false;
+    return true;
 }
+#endif
 
 static inline u32 netns_of(struct sock *sk)
 {
@@ -201,6 +210,8 @@ static inline bool is_wanted(struct event *e, struct sock *sk)
 
 static inline void submit(void *ctx, struct event *e)
 {
+    if (FILTER_PID && e->owner.pid != FILTER_PID)
+        return;
 #if RING_PAGES
     if (events.ringbuf_output(e, sizeof(*e), BPF_RB_NO_WAKEUP))     /* no wake-up: the reader polls */
 #else
@@ -254,10 +265,7 @@ static inline void forget(struct sock *sk)
 }
 
 /* A kernel thread closes for others: MPTCP's worker, io_uring's, the collector of Unix sockets. */
-static inline bool is_kthread(void)
-{
-    return READ((struct task_struct *)bpf_get_current_task(), flags) & 0x00200000;      /* PF_KTHREAD */
-}
+#define is_kthread() (READ((struct task_struct *)bpf_get_current_task(), flags) & 0x00200000 /* PF_KTHREAD */)
 
 /* The current process uses this socket. Returns whether its session is known. */
 static inline bool own(struct sock *sk)
@@ -285,12 +293,10 @@ static inline void death(void *ctx, struct sock *sk)
     e.netns = netns_of(sk);
     e.tx = READ((struct tcp_sock *)sk, bytes_acked);
     e.rx = READ((struct tcp_sock *)sk, bytes_received);
-    if (!e.owner.pid) {
-        if (unclaimed.update(&sk, &e))
-            count_lost(LOST_UNCLAIMED);
-    } else if (!FILTER_PID || e.owner.pid == FILTER_PID) {
+    if (e.owner.pid)
         submit(ctx, &e);
-    }
+    else if (unclaimed.update(&sk, &e))
+        count_lost(LOST_UNCLAIMED);
 }
 
 /* A session that the peer ended before accept() returned it is printed once its owner is known. */
@@ -305,8 +311,7 @@ static inline void claim(void *ctx, struct sock *sk)
         return;
     if (!is_kthread())
         set_owner(&e.owner);
-    if (!FILTER_PID || e.owner.pid == FILTER_PID)
-        submit(ctx, &e);
+    submit(ctx, &e);
 }
 
 static inline void accepted(void *ctx, struct sock *sk)
@@ -500,6 +505,7 @@ def cflags(args):
     """Returns the arguments as macros for the C text. Only numbers get there."""
     macros = {
         **pid_namespace(),
+        "PREEMPTIBLE": int(KERNEL >= (7, 0)),
         "RING_PAGES": RING_PAGES,
         "KPROBES": int(args.kprobes),
         "MAX_SESSIONS": MAX_SESSIONS,
@@ -598,12 +604,12 @@ def open_events(bpf, record):
 
 def losses(bpf):
     """Returns {what was lost: how often since the start}."""
-    *counts, rescued = (count.value for count in bpf["lost"].values())
     skipped = 0                 # how often a program was not run because it was running already (since Linux 5.12)
     for name, function in bpf.funcs.items():
-        if not name.endswith((b"_second", b"_destroy")):        # what these are skipped for is not lost
+        if not name.endswith(HARMLESS):
             with open("/proc/self/fdinfo/%d" % function.fd) as info:
                 skipped += sum(int(n) for n in re.findall(r"recursion_misses:\s*(\d+)", info.read()))
+    *counts, rescued = (count.value for count in bpf["lost"].values())      # read last: skipped comes before rescued
     return dict(zip(LOSSES, [*counts, skipped - rescued]))
 
 
@@ -659,13 +665,14 @@ def line(args, record, start, wall):
 
 
 def write(text):
-    """Prints all of it now, or what is read of it until the tool is to stop and nobody has read for a second."""
+    """Prints all of it now. Returns True if the tool is to stop and nobody has read for a second."""
     data = memoryview(text.encode())
     while data:
         if select.select([], [1], [], 1)[1]:
             data = data[os.write(1, data[:select.PIPE_BUF]):]       # so much never blocks
         elif signal.sigpending() & STOP_SIGNALS:
-            return print("%s: the output was not read to its end" % PROGRAM, file=sys.stderr)
+            print("%s: the output was not read to its end" % PROGRAM, file=sys.stderr)
+            return True
 
 
 def report(lost, reported, form="%s: %d %s"):
@@ -690,7 +697,7 @@ def trace(args, bpf):
         if stop and not args.pid:       # sessions that are over but that nobody has accepted: their owner is not known
             records += b"".join(bytes(8) + bytes(event) for event in bpf["unclaimed"].values())
         wall = time.time_ns() - time.monotonic_ns()     # each time anew: the clock may have been set
-        write("".join([line(args, record, start, wall) for record in RECORD.iter_unpack(records)]))
+        stop = write("".join([line(args, record, start, wall) for record in RECORD.iter_unpack(records)])) or stop
         reported = report(losses(bpf), reported)
     report(losses(bpf), {}, "%s: in all %d %s")
 

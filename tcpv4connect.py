@@ -4,7 +4,7 @@
 #               For Linux, uses bcc, eBPF.
 #
 # usage: tcpv4connect [-h] [-t] [-p PID] [-T] [-U] [-u UID] [-P PORT] [--json] [--netns NETNS]
-#                     [--duration SECONDS] [--probes {tracepoint,kprobe}]
+#                     [--duration SECONDS] [--probes {tracepoint,kprobe}] [--ebpf]
 #
 # Prints one line for each active IPv4 connection that a process attempts; it may fail afterwards. IPv4 from an IPv6
 # socket (v4-mapped addresses) is shown too, IPv6 is not.
@@ -55,11 +55,11 @@ KERNEL = tuple(int(n) for n in re.findall("[0-9]+", os.uname().release)[:2])
 KERNEL_TYPES = ["tcp_sock", "net"]
 RING_PAGES = (4 << 20) // mmap.PAGESIZE if KERNEL >= (5, 8) else 0      # 4 MiB: a second of the fastest load measured
 PERF_PAGES = (1 << 20) // mmap.PAGESIZE         # per CPU, where there is no ring buffer
+HARMLESS = b"_second" if KERNEL >= (7, 0) else b""      # skipping programs of such names loses no connect
 LOSSES = ["connects lost: the ring buffer was full", "state changes lost: the kernel did not run the probe"]
 
 bpf_text = r"""
 #include <linux/tcp.h>
-#include <net/net_namespace.h>
 #include <net/sock.h>
 
 /* A member of a kernel object. */
@@ -100,38 +100,27 @@ static inline void count_lost(int what)
 }
 
 /*
- * The kernel skips a program that is already running on this CPU (since 6.1): the events of a softirq that interrupts
- * it would be lost, and on 7.2 those of a process that preempts it. So a tracepoint has two programs, and the second
- * handles what the first was skipped for. Marked is what is between the two: in a stack of two for a softirq on top of
- * a process, and in a slot of its own for a preempted process.
+ * Since 7.0 a program can be preempted, and the kernel skips it for a process that takes the CPU meanwhile. So there is
+ * a second program, which handles what the first was skipped for. What the first has handled is marked until then.
  */
-struct marks {
-    u64 top, below;
-};
-#define SLOT_BITS 10
-BPF_PERCPU_ARRAY(marks, struct marks, 1 << SLOT_BITS);
+#if PREEMPTIBLE
+BPF_TABLE("lru_hash", u64, u8, marks, 1 << 14);         /* not per CPU: a preempted process may move to another one */
 
 static inline bool is_mine(u64 event, bool first)
 {
-    u32 slot = event * 0x9e3779b97f4a7c15 >> (64 - SLOT_BITS);      /* Fibonacci hashing */
-    struct marks *m = marks.lookup(&slot);
+    u8 one = 1;
 
-    if (!m)
-        return false;           /* never */
-    if (first) {
-        m->below = m->top;
-        m->top = event;
-        return true;
-    }
-    if (m->top != event && m->below != event) {
+    if (first)
+        marks.update(&event, &one);
+    else if (!marks.delete(&event))
+        return false;
+    else
         count_lost(RESCUED);
-        return true;
-    }
-    if (m->top == event)
-        m->top = m->below;
-    m->below = 0;
-    return false;
+    return true;
 }
+#else
+#define is_mine(event, first) true      /* connect() runs in no interrupt, and only the first is attached */
+#endif
 
 /* MPTCP's own sockets and SCTP's report their states here too; MPTCP's subflows are TCP. */
 static inline u16 protocol_of(struct sock *sk)
@@ -276,6 +265,7 @@ def cflags(args):
     """Returns the arguments as macros for the C text. Only numbers get there."""
     macros = {
         **pid_namespace(),
+        "PREEMPTIBLE": int(KERNEL >= (7, 0)),
         "RING_PAGES": RING_PAGES,
         "FILTER_PID": args.pid or 0,
         "IS_WANTED_UID(uid)": "true" if args.uid is None else "uid == %du" % args.uid,
@@ -291,9 +281,9 @@ def attach(bcc, args):
     if args.probes == "kprobe" or KERNEL < (4, 17):
         bpf.attach_kprobe(event="tcp_set_state", fn_name="kprobe_set_state")
     else:
-        bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name="tracepoint_set_state_first")
-        bpf.raw_tracepoint_fds.clear()          # bcc refuses a second program on a raw tracepoint that it knows of
-        bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name="tracepoint_set_state_second")
+        for fn_name in ["tracepoint_set_state_first"] + ["tracepoint_set_state_second"] * (KERNEL >= (7, 0)):
+            bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name=fn_name)
+            bpf.raw_tracepoint_fds.clear()      # bcc refuses a second program on a raw tracepoint that it knows of
     return bpf
 
 
@@ -352,12 +342,12 @@ def open_events(bpf, record):
 
 def losses(bpf):
     """Returns {what was lost: how often since the start}."""
-    *counts, rescued = (count.value for count in bpf["lost"].values())
     skipped = 0                 # how often a program was not run because it was running already (since Linux 5.12)
     for name, function in bpf.funcs.items():
-        if not name.endswith((b"_second", b"_destroy")):        # what these are skipped for is not lost
+        if not name.endswith(HARMLESS):
             with open("/proc/self/fdinfo/%d" % function.fd) as info:
                 skipped += sum(int(n) for n in re.findall(r"recursion_misses:\s*(\d+)", info.read()))
+    *counts, rescued = (count.value for count in bpf["lost"].values())      # read last: skipped comes before rescued
     return dict(zip(LOSSES, [*counts, skipped - rescued]))
 
 
@@ -399,13 +389,14 @@ def line(args, record, start, wall):
 
 
 def write(text):
-    """Prints all of it now, or what is read of it until the tool is to stop and nobody has read for a second."""
+    """Prints all of it now. Returns True if the tool is to stop and nobody has read for a second."""
     data = memoryview(text.encode())
     while data:
         if select.select([], [1], [], 1)[1]:
             data = data[os.write(1, data[:select.PIPE_BUF]):]       # so much never blocks
         elif signal.sigpending() & STOP_SIGNALS:
-            return print("%s: the output was not read to its end" % PROGRAM, file=sys.stderr)
+            print("%s: the output was not read to its end" % PROGRAM, file=sys.stderr)
+            return True
 
 
 def report(lost, reported, form="%s: %d %s"):
@@ -427,7 +418,7 @@ def trace(args, bpf):
         time.sleep(0.1)         # the time that a line may be late
         stop = signal.sigpending() & STOP_SIGNALS or reader.poll(0)
         wall = time.time_ns() - time.monotonic_ns()     # each time anew: the clock may have been set
-        write("".join([line(args, record, start, wall) for record in RECORD.iter_unpack(read())]))
+        stop = write("".join([line(args, record, start, wall) for record in RECORD.iter_unpack(read())])) or stop
         reported = report(losses(bpf), reported)
     report(losses(bpf), {}, "%s: in all %d %s")
 

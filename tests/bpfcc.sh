@@ -3,27 +3,27 @@
 #
 # usage: bpfcc.sh [-a | TOOL ...]       (default: those that look at the network; -a: all)
 #
-# runs        was tracing until it was stopped, after WAIT seconds (default 3)
-# compiles    the kernel lacks what it attaches to, mostly kprobes
-# -           it needs arguments, or something that is not here
-# fails       and why: it does not compile, the verifier refuses it, or it ends with an error of its own
+# runs        had a program in the kernel within WAIT seconds (default 20), and still two seconds later
+# compiles    and ends after that, mostly because there are no kprobes
+# fails       does not compile, or the kernel refuses it
+# -           ends before that: it needs arguments, or something that is not here
 set -eu
 
 cd "$(dirname "$0")/.."
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
-network='bindsnoop gethostlatency mptcpify netqtop nfsdist nfsslower skbdrop sofdsnoop solisten sslsniff tcpaccept tcpcong
-    tcpconnect tcpconnlat tcpdrop tcplife tcpretrans tcprtt tcpstates tcpsubnet tcpsynbl tcptop tcptracer'
-
-path_of() {         # path_of TOOL: as Debian and Ubuntu, or as Fedora and bcc itself install it
-    for path in "/usr/sbin/$1-bpfcc" "/usr/share/bcc/tools/$1"; do
-        [ ! -x "$path" ] || echo "$path"
-    done
-}
+network='bindsnoop gethostlatency mptcpify netqtop nfsdist nfsslower skbdrop sofdsnoop solisten sslsniff tcpaccept
+    tcpcong tcpconnect tcpconnlat tcpdrop tcplife tcpretrans tcprtt tcpstates tcpsubnet tcpsynbl tcptop tcptracer'
 
 all_tools() {
     for path in /usr/sbin/*-bpfcc /usr/share/bcc/tools/*; do
         ! head -n 1 "$path" 2>/dev/null | grep -q python || basename "$path" -bpfcc
+    done
+}
+
+path_of() {         # path_of TOOL: as Debian and Ubuntu, or as Fedora and bcc itself install it
+    for path in "/usr/sbin/$1-bpfcc" "/usr/share/bcc/tools/$1"; do
+        [ ! -x "$path" ] || echo "$path"
     done
 }
 
@@ -32,34 +32,49 @@ arguments() {       # arguments TOOL: those that it cannot do without
     argdist) echo '-C t:sched:sched_switch()' ;;
     funccount | funclatency | funcslower | stackcount | trace) echo tcp_sendmsg ;;
     netqtop) printf '%s\n' '-n lo' ;;
+    sslsniff) echo --no-nss --no-gnutls ;;
     tcpsubnet) echo 10.0.0.0/8 ;;
     esac
 }
 
-why() {             # why PATTERN: the first line of the output that matches it, short and without the position
-    grep -hE "$1" "$tmp/out" | head -n 1 | sed 's/^.*error: //; s/^.*warning: //' | cut -c 1-80
+has_program() {     # has_program PID
+    find "/proc/$1/fd" -lname 'anon_inode:bpf-prog' 2>/dev/null | grep -q .
 }
 
 result() {          # result TOOL PATH
     # shellcheck disable=SC2046     # may be two words or none
-    BCC_KERNEL_SOURCE=$tmp/tree timeout -s INT -k 2 "${WAIT:-3}" "$2" $(arguments "$1") \
-        >"$tmp/out" 2>&1 </dev/null || true
-    if grep -qE '^usage: |USDT|pidof|kprobes/blacklist' "$tmp/out"; then
-        echo -
-    elif grep -qE ' error: |implicit declaration' "$tmp/out"; then
-        echo "fails: $(why ' error: |implicit declaration')"
-    elif grep -q 'Failed to load' "$tmp/out"; then
-        echo "fails: $(why 'Failed to load')"
-    elif grep -qE 'Failed to attach|not traceable' "$tmp/out"; then
-        echo compiles
-    elif grep -E '^[A-Za-z.]*(Error|Exception):' "$tmp/out" >"$tmp/error"; then
-        echo "fails: $(tail -n 1 "$tmp/error")"
-    else
-        echo runs
+    BCC_KERNEL_SOURCE=$tmp/tree PYTHONPATH=$tmp "$2" $(arguments "$1") >"$tmp/out" 2>&1 </dev/null &
+    pid=$!
+    for _ in $(seq "${WAIT:-20}"); do
+        sleep 1
+        ! has_program $pid || break
+        [ -d "/proc/$pid" ] || break
+    done
+    sleep 2
+    result='-'
+    ! grep -q '^bpfcc.sh: compiled' "$tmp/out" || result=compiles
+    ! has_program $pid || result=runs
+    kill $pid 2>/dev/null || true
+    wait $pid 2>/dev/null || true
+    grep -E '[0-9]: error: |implicit declaration|Failed to load' "$tmp/out" >"$tmp/errors" || true
+    if [ -s "$tmp/errors" ]; then
+        result="fails: $(head -n 1 "$tmp/errors" | sed 's/^.*error: //; s/^.*warning: //' | cut -c 1-80)"
     fi
+    echo "$result"
 }
 
 ./btfheaders.py "$tmp/tree"
+cat >"$tmp/sitecustomize.py" <<'END'
+import sys
+import bcc
+compile_text = bcc.lib.bpf_module_create_c_from_string
+def compile_and_tell(*args):
+    module = compile_text(*args)
+    if module:
+        print("bpfcc.sh: compiled", file=sys.stderr, flush=True)
+    return module
+bcc.lib.bpf_module_create_c_from_string = compile_and_tell
+END
 # shellcheck disable=SC2046,SC2086  # lists
 case ${1:-} in
 -a) set -- $(all_tools) ;;

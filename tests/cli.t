@@ -97,7 +97,7 @@ signal_after() {        # signal_after DELAY TOOL...
     TMPDIR=$tmp/empty "./$@" >/dev/null 2>"$tmp/err.$delay" &
     pid=$!
     echo $pid >>"$tmp/pids"
-    until grep -q '^SigBlk:.*[46]002$' "/proc/$pid/status"; do      # SIGINT, SIGTERM
+    until grep -q '^SigBlk:.*6002$' "/proc/$pid/status"; do     # SIGINT, SIGALRM and SIGTERM are blocked
         sleep 0.01
         [ -d "/proc/$pid" ] || return 1
     done
@@ -125,10 +125,12 @@ orphans() {
 
 nothing_left() {
     rmdir "$tmp/empty" || return 1
-    for _ in 1 2 3 4 5 6; do            # the kernel frees them a little later
-        sleep 0.3
-        orphans "$1" | comm -13 "$tmp/before" - >"$tmp/left"
+    orphans "$1" | comm -13 "$tmp/before" - >"$tmp/left"
+    for _ in $(seq 20); do              # the kernel frees what a process held some time after its end
         [ -s "$tmp/left" ] || return 0
+        sleep 0.5
+        orphans "$1" | comm -12 "$tmp/left" - >"$tmp/still"
+        mv "$tmp/still" "$tmp/left"
     done
     cat "$tmp/left"
     return 1
@@ -155,7 +157,11 @@ few_capabilities() {
 deleted_namespace() {
     namespace=tcpt-gone-$$-$1
     ip netns add "$namespace" || return 1
-    (sleep 1.5; ip netns del "$namespace") &
+    (for _ in $(seq 100); do    # until it prints, so traces
+        [ ! -s "$tmp/out" ] || break
+        sleep 0.1
+    done
+    ip netns del "$namespace") &
     exits 0 '' "./$@" --netns "$namespace" --duration 2
 }
 

@@ -5,11 +5,13 @@ usage: guest.py [MODE ...]
 
 This is what tests/kernels.sh runs on each kernel; it runs on any machine that can trace. A mode is a way to start the
 tools: see MODES. Prints a row for each, and what was wrong on the lines before it; exit status 1 if anything was.
+Without any it tries all but lockdown, which lasts until the machine boots again.
 """
 import argparse
 import collections
 import contextlib
 import os
+import pathlib
 import platform
 import re
 import shutil
@@ -20,7 +22,6 @@ import tempfile
 import time
 
 import live
-import tcpaccept
 import test_deeptcptracer
 import test_tcpaccept
 import test_tcpchurn
@@ -35,9 +36,12 @@ MODES = {
     "kprobe": ("BTF", "kprobe", "ring", ["--probes", "kprobe"], {}),
     "alone": ("headers", "tracepoint", "ring", ["--probes", "tracepoint"], {}),
     "old": ("headers", "kprobe", "perf", [], {"RING_PAGES": 0, "KERNEL": (4, 16)}),
+    "pidns": ("BTF", "default", "ring", [], {}),        # all of it in a PID namespace
     "none": ("none", "default", "ring", [], {}),
+    "lockdown": ("BTF", "default", "ring", [], {}),     # of confidentiality: nothing may read the kernel's memory
 }
-ROW = "%-18s %-7s %-7s %-8s %-10s %-6s %s"
+UNSHARE = ["unshare", "--pid", "--fork", "--mount-proc"]
+ROW = "%-24s %-7s %-7s %-8s %-10s %-6s %s"
 
 
 def bcc_version():
@@ -83,7 +87,7 @@ def differences(options, kprobes, log, life, expected, tracers):
     missing["tcplife"], wrong["tcplife"] = test_tcplife.difference(log, sessions)
     wrong["tcplife"] += ["ends before it begins: %s" % line for line in sessions if line["ms"] < 0]
     # io_uring's accepts are no system calls
-    shows_io_uring = tcpaccept.has_kprobes() and "tracepoint" not in options
+    shows_io_uring = os.path.exists("/sys/bus/event_source/devices/kprobe") and "tracepoint" not in options
     missing["tcpaccept"], wrong["tcpaccept"] = live.compare(
         [record for record in test_tcpaccept.accepted(log) if record["scenario"] != "io_uring" or shows_io_uring],
         accepts, test_tcpaccept.key)
@@ -98,6 +102,10 @@ def differences(options, kprobes, log, life, expected, tracers):
                                 for text in test_deeptcptracer.difference(scenario, endpoints, events, not kprobes)]
     if len(met) < len([record for record in log if record["laddr"]]) - 8:       # those that nobody accepts
         wrong["deeptcptracer"].append("only %d sockets have an owner" % len(met))
+    stacks = {" ".join((line["stack"] or ["none"])[:3]) for line in events
+              if line["event"] == "tcp_set_state()" and line["state"] == "SYN_SENT"}
+    wrong["deeptcptracer"] += ["stack of a connect: " + stack for stack in stacks
+                               if not re.search("tcp_set_state tcp_v[46]_connect", stack)]
     return missing, wrong
 
 
@@ -105,8 +113,8 @@ def trace(options, pretend):
     """Run all on one workload; what was wrong, as texts, and what was looked at."""
     scenarios = [*workload.SCENARIOS] + ["io_uring"] * has_io_uring()
     life = test_tcpchurn.Life()
-    tracers = [live.Tracer(tool, "--json", *[life.pid] * (tool == "tcpchurn"), check=False, pretend=pretend)
-               for tool in TOOLS]
+    more = {"tcpchurn": [life.pid], "deeptcptracer": ["-K"]}
+    tracers = [live.Tracer(tool, "--json", *more.get(tool, []), check=False, pretend=pretend) for tool in TOOLS]
     sessions, accepts, connects, churn, events = tracers
     for tracer in tracers:
         tracer.start()
@@ -132,26 +140,30 @@ def trace(options, pretend):
     return texts, "%d sessions" % len(log) + ("; lost and told: " + lost if lost else "")
 
 
-def refuse(command):
-    """What is wrong with how this tool says that there are no kernel types, as a list of texts."""
-    hide = "for d in /sys/kernel/btf /lib/modules; do [ ! -d $d ] || mount -t tmpfs none $d; done; exec \"$@\""
-    result = subprocess.run(["unshare", "--mount", "sh", "-c", hide, "sh", *command], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
+def refuse(tool, words, wrapper=()):
+    """What is wrong with how this tool says that it cannot trace, as a list of texts. words: a pattern."""
+    command = [*wrapper, live.PYTHON, str(live.ROOT / (tool + ".py"))] + ["1"] * (tool == "tcpchurn")
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if (result.returncode, result.stdout) == (1, "") and re.fullmatch(
-            r"\w+: no kernel types \(.*\): install linux-headers-.*\n", result.stderr):
+            "%s: cannot trace: %s\n" % (tool, words), result.stderr):
         return []
-    return ["%s: exit status %d, %r, %r" % (command[-1], result.returncode, result.stdout, result.stderr)]
+    return ["%s: exit status %d, %r, %r" % (tool, result.returncode, result.stdout, result.stderr)]
 
 
 def run(mode):
     """What was wrong, as texts, and what was looked at."""
     types, _, _, options, pretend = MODES[mode]
     if mode == "none":
-        commands = [[live.PYTHON, str(live.ROOT / (tool + ".py"))] + ["1"] * (tool == "tcpchurn") for tool in TOOLS]
-        return [text for command in commands for text in refuse(command)], "told in one line"
+        hide = "for d in /sys/kernel/btf /lib/modules; do [ ! -d $d ] || mount -t tmpfs none $d; done; exec \"$@\""
+        return [text for tool in TOOLS for text in refuse(tool, r"no kernel types \(.*\): install linux-headers-.*", (
+            "unshare", "--mount", "sh", "-c", hide, "sh"))], "told in one line"
+    if mode == "lockdown":
+        pathlib.Path("/sys/kernel/security/lockdown").write_text("confidentiality")
+        return [text for tool in TOOLS for text in refuse(tool, ".*lockdown.*")], "lockdown told in one line"
     live.OPTIONS = options
     with tools_alone() if types == "headers" else contextlib.nullcontext():
-        return trace(options, pretend)
+        texts, result = trace(options, pretend)
+    return texts, result + " in a PID namespace" * (mode == "pidns")
 
 
 def main():
@@ -159,9 +171,14 @@ def main():
     parser.add_argument("modes", nargs="*", metavar="MODE", help=", ".join(MODES))
     args = parser.parse_args()
     release, bcc, python = platform.release(), bcc_version(), platform.python_version()
+    inside = os.getpid() == 1
     status = 0
-    print(ROW % ("kernel", "bcc", "Python", "types", "probes", "buffer", "result"), flush=True)
-    for mode in args.modes or MODES:
+    if not inside:
+        print(ROW % ("kernel", "bcc", "Python", "types", "probes", "buffer", "result"), flush=True)
+    for mode in args.modes or [mode for mode in MODES if mode != "lockdown"]:
+        if mode == "pidns" and not inside:
+            status |= subprocess.run([*UNSHARE, live.PYTHON, "-W", "ignore", __file__, mode]).returncode
+            continue
         began = time.monotonic()
         try:
             texts, result = run(mode)

@@ -1,25 +1,48 @@
 #!/bin/sh
 # The tools on other kernels: Debian releases, each with its own kernel, bcc and Python, booted in qemu.
 #
-# usage: kernels.sh RELEASE ...        (bullseye, bookworm, trixie, sid)
+# usage: kernels.sh NAME ...
 #
-# A release is installed once, into a folder of the cache, and mounted read-only in the guest, with this repository
-# beside it. There tests/guest.py runs. All is emulated in software: /dev/kvm is not needed, and times mean nothing.
-# MODES chooses among guest.py's; without it, peers.py runs after that. The tables and what was wrong are printed once
-# more at the end.
+# NAME is a release (bookworm), with Debian's name of a kernel for another architecture (trixie-arm64-16k), or with the
+# release that the kernel is from (trixie-sid). It is unpacked once, into a folder of the cache, and mounted read-only
+# in the guest, with this repository beside it. There tests/guest.py runs. All is emulated in software: /dev/kvm is not
+# needed, and times mean nothing. MODES chooses among guest.py's; without it, peers.py runs as well. The tables and what
+# was wrong are printed once more at the end.
 set -eu
 
 repo=$(cd "$(dirname "$0")/.." && pwd)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/tcp-tracers
-limit=900               # seconds a guest may take
+limit=1500              # seconds a guest may take
 
-install_release() {     # install_release NAME: into its folder of the cache
+# Nothing of the release runs on this machine, so it may be of any architecture.
+install_release() {     # install_release NAME RELEASE KERNEL
+    mmdebstrap --quiet --mode=root --variant=extract --architectures="${3%%-*}" --include='?priority(required)' \
+        --include="python3-bpfcc,bpfcc-tools,iproute2,kmod,busybox-static,linux-image-$3,linux-headers-$3" \
+        --aptopt='Acquire::Check-Valid-Until "false"' "$2" "$cache/$1.part"     # sid's index may be older than it says
+    mkdir "$cache/$1.part/mnt"
+    depmod -b "$cache/$1.part" "$(basename "$cache/$1.part"/lib/modules/*)"
+}
+
+exchange_kernel() {     # exchange_kernel NAME RELEASE OTHER: both as hard links
+    make_root "$2"
+    make_root "$3"
+    cp -al "$cache/$2" "$cache/$1.part"
+    for folder in lib/modules usr/src; do
+        rm -r "${cache:?}/$1.part/$folder"
+        cp -al "$cache/$3/$folder" "$cache/$1.part/$folder"
+    done
+}
+
+make_root() {           # make_root NAME: a folder of the cache, unless it is there
+    [ ! -d "$cache/$1" ] || return 0
+    echo "kernels.sh: installing $1" >&2
     rm -rf "$cache/$1.part"
     mkdir -p "$cache"
-    echo "kernels.sh: installing $1" >&2
-    # sid's index may be older than it says it may be
-    mmdebstrap --quiet --variant=minbase --aptopt='Acquire::Check-Valid-Until "false"' \
-        --include=python3-bpfcc,bpfcc-tools,iproute2,kmod,linux-image-amd64,linux-headers-amd64 "$1" "$cache/$1.part"
+    case $1 in
+    *-sid) exchange_kernel "$1" "${1%-sid}" sid ;;
+    *-*) install_release "$1" "${1%%-*}" "${1#*-}" ;;
+    *) install_release "$1" "$1" amd64 ;;
+    esac
     mv "$cache/$1.part" "$cache/$1"
 }
 
@@ -34,7 +57,7 @@ unpack() {              # unpack MODULE FOLDER: the path of the plain module in 
 
 make_initrd() {         # make_initrd ROOT VERSION FOLDER: mounts the two folders and starts guest() below
     mkdir -p "$3/bin" "$3/proc" "$3/root"
-    cp "$(command -v busybox)" "$3/bin"
+    cp "$1/bin/busybox" "$3/bin"
     {
         echo '#!/bin/busybox sh'
         for module in virtio_pci 9pnet_virtio 9p; do
@@ -56,14 +79,22 @@ make_initrd() {         # make_initrd ROOT VERSION FOLDER: mounts the two folder
 boot() {                # boot NAME: its output on stdout, and in a file; fails if guest.py does
     root=$cache/$1
     version=$(basename "$root"/lib/modules/*)
+    kernel=$root/lib/modules/$version/vmlinuz
+    [ -e "$kernel" ] || kernel=$root/boot/vmlinuz-$version      # up to trixie
+    case $1 in          # on arm64 "max" takes four times as long, to authenticate pointers
+    *-arm64) machine='aarch64 -M virt -cpu cortex-a72' console=ttyAMA0 ;;
+    *-arm64-16k) machine='aarch64 -M virt -cpu neoverse-n1' console=ttyAMA0 ;;      # the other has no such pages
+    *) machine='x86_64 -cpu max' console=ttyS0 ;;
+    esac
     make_initrd "$root" "$version" "$tmp/$1" >"$tmp/$1.initrd"
     for _ in 1 2 3; do
         rm -f "$tmp/$1.out"
         watch "$1" >&2 &
         watcher=$!
-        timeout "$limit" qemu-system-x86_64 -accel tcg,thread=multi -smp 2 -cpu max -m 4096 -nographic -no-reboot \
-            -kernel "$root/boot/vmlinuz-$version" -initrd "$tmp/$1.initrd" -pidfile "$tmp/$1.pid" \
-            -append "console=ttyS0 panic=-1 quiet modes=$(echo "${MODES:-}" | tr ' ' ,)" \
+        # shellcheck disable=SC2086     # a list
+        timeout "$limit" qemu-system-$machine -accel tcg,thread=multi -smp 2 -m 4096 -nographic -no-reboot \
+            -kernel "$kernel" -initrd "$tmp/$1.initrd" -pidfile "$tmp/$1.pid" \
+            -append "console=$console panic=-1 quiet modes=$(echo "${MODES:-}" | tr ' ' ,)" \
             -fsdev "local,id=root,path=$root,security_model=passthrough,readonly=on" \
             -device virtio-9p-pci,fsdev=root,mount_tag=root \
             -fsdev "local,id=repo,path=$repo,security_model=passthrough,readonly=on" \
@@ -98,6 +129,7 @@ guest() {               # in the guest, as its first process
     mount -t tmpfs tmpfs /run
     mount -t tracefs tracefs /sys/kernel/tracing
     mount -t debugfs debugfs /sys/kernel/debug
+    mount -t securityfs securityfs /sys/kernel/security
     ip link set lo up
     echo "guest: started $(uname -r)"
     cd /mnt/tests
@@ -105,8 +137,11 @@ guest() {               # in the guest, as its first process
     modes=$(sed -n 's/.*modes=\([^ ]*\).*/\1/p' /proc/cmdline | tr , ' ')
     status=0
     # shellcheck disable=SC2086     # a list
-    /usr/bin/python3 -W ignore guest.py $modes || status=$?
-    [ -n "$modes" ] || /usr/bin/python3 -W ignore peers.py || status=$?
+    python3 -W ignore guest.py $modes || status=$?
+    if [ -z "$modes" ]; then
+        python3 -W ignore peers.py || status=$?
+        python3 -W ignore guest.py lockdown || status=$?
+    fi
     echo "guest: exit status $status"
     echo o >/proc/sysrq-trigger
     while :; do :; done
@@ -119,7 +154,7 @@ tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
 failed=
 for name; do
-    [ -d "$cache/$name" ] || install_release "$name"
+    make_root "$name"
     boot "$name" || failed="$failed $name"
 done
 for table in result 'wrong owner'; do       # by their headings

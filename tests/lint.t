@@ -41,6 +41,7 @@ check "no line over 120 columns" short_lines
 check "no file over 500 kB" no_large_file
 # shellcheck disable=SC2046     # one word a tool
 check "a function has the same text in all tools" "$python" tests/same.py $(make -s tools | sed 's/\>/.py/g')
+check "tcp-tracers(7): the man page is sound" mandoc_clean man/man7/tcp-tracers.7
 for tool in $(make -s tools); do
     check "$tool: the man page is sound" mandoc_clean "man/man8/$tool.8"
     check "$tool: every option is in the man page and in the example file" options_documented "$tool"

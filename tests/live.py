@@ -1,6 +1,7 @@
 """Start a tool on the real kernel, and stop it: what the live tests share."""
 import collections
 import contextlib
+import ctypes
 import functools
 import json
 import os
@@ -16,6 +17,7 @@ PYTHON = os.environ.get("PYTHON", "/usr/bin/python3")
 TOOLS = os.environ.get("TOOLS", str(ROOT))                      # the folder where the tools stand
 OPTIONS = os.environ.get("TOOL_OPTIONS", "").split()            # what every tool is started with
 SLOW = float(os.environ.get("SLOW", "1"))                       # how much slower this machine is than a real one
+BPF = {"x86_64": 321, "aarch64": 280}[os.uname().machine]      # number of the system call
 # Numbers of the system calls that time.sleep() makes: clock_nanosleep(), or select() or pselect6() of no descriptor.
 SLEEPS = {"x86_64": ("230", "23 0x0", "270 0x0"), "aarch64": ("115", "72 0x0")}[os.uname().machine]
 MAY_TRACE = os.geteuid() == 0 and os.path.exists("/sys/kernel/btf/vmlinux")
@@ -195,7 +197,9 @@ class Unseen:
         return max(runs) if runs else None
 
     def __enter__(self):
-        subprocess.run(["sysctl", "-q", "kernel.bpf_stats_enabled=1"], check=True)
+        # BPF_ENABLE_STATS: counts runs as long as this is open. Others may turn the sysctl off meanwhile.
+        self.stats = ctypes.CDLL(None).syscall(BPF, 32, ctypes.byref(ctypes.c_uint32(0)), 4)
+        assert self.stats >= 0, "bpf(BPF_ENABLE_STATS) fails"
         if not os.path.isdir("/sys/kernel/tracing/events"):
             subprocess.run(["mount", "-t", "tracefs", "tracefs", "/sys/kernel/tracing"], check=True)
         os.makedirs(self.instance, exist_ok=True)
@@ -210,9 +214,9 @@ class Unseen:
         after = self.runs()
         traced = sum(int(count) for path in pathlib.Path(self.instance).glob("per_cpu/*/stats")
                      for count in re.findall("(?:entries|overrun): ([0-9]+)", path.read_text()))
-        self.trace = pathlib.Path(self.instance, "trace").read_text()
+        self.trace = pathlib.Path(self.instance, "trace").read_text(errors="replace")     # names can be any bytes
         os.rmdir(self.instance)
-        subprocess.run(["sysctl", "-q", "kernel.bpf_stats_enabled=0"], check=True)
+        os.close(self.stats)
         if after is not None:
             self.count = max(0, traced - (after - self.before))
 

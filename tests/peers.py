@@ -27,7 +27,7 @@ PAIRS = [
     ("tcpaccept-bpfcc", "tcpaccept", {"raddr": 3, "rport": 4, "lport": 6}),
     ("tcpconnect-bpfcc", "tcpv4connect", {"daddr": 4, "dport": 5}),
 ]
-ROW = "%-18s %-18s %8s %8s %12s"
+ROW = "%-24s %-18s %8s %8s %12s"
 
 
 class Peer:

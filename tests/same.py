@@ -52,8 +52,11 @@ def functions(path):
 def main():
     texts = collections.defaultdict(dict)           # name: {text: [tools]}
     for path in sys.argv[1:]:
+        seen = set()
         for name, text in functions(path):
-            texts[name].setdefault(text, []).append(path)
+            if name not in seen:                    # under #else, there may be another one
+                texts[name].setdefault(text, []).append(path)
+            seen.add(name)
     differ = {name: versions for name, versions in texts.items() if len(versions) > 1 and name not in OWN}
     for name, versions in differ.items():
         (first, tools), *others = versions.items()

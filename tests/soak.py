@@ -72,10 +72,11 @@ def load_of(line):
 def compare(check, tracers, made, log, visits, left):
     """Every line of every tool with what the load has counted. made: churn's connections, left: in tcplife's map."""
     lines, ours = {}, {}
-    for tool in ("tcplife", "tcpaccept", "tcpv4connect"):
+    for module in (test_tcplife, test_tcpaccept, test_tcpv4connect):
+        tool = module.__name__[len("test_"):]
         objects = tracers[tool].objects
         lines[tool] = collections.Counter(map(load_of, objects))
-        ours[tool] = [line for line in objects if load_of(line) == "known"]
+        ours[tool] = live.ours(log, [line for line in objects if load_of(line) == "known"], module.connection)
     check.equal("tcplife: sessions of churn", lines["tcplife"]["churn"], 2 * made)
     check.equal("tcpaccept: accepts of churn", lines["tcpaccept"]["churn"], made)
     check.equal("tcpv4connect: connects of churn", lines["tcpv4connect"]["churn"], made)

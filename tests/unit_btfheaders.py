@@ -2,6 +2,7 @@
 import ctypes
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -33,6 +34,21 @@ class Tree(unittest.TestCase):
     def test_a_function_has_no_declaration(self):
         with mock.patch.object(btfheaders, "BCC_FUNCTIONS", ["tcp_v4_connect"]):
             self.assertEqual(btfheaders.declarations(["tcp_v4_connect"]), "#define BTF_HAS_tcp_v4_connect 1\n")
+
+    @unittest.skipUnless(os.geteuid() == 0, "needs root")
+    def test_sizes_are_those_of_the_btf(self):
+        import bcc
+        text, lib = btfheaders.declarations(btfheaders.COMMON_TYPES), btfheaders.load_libbpf()
+        lib.btf__type_by_id.restype = ctypes.POINTER(ctypes.c_uint32)       # struct btf_type: name, info, size
+        lib.btf__type_by_id.argtypes = [ctypes.c_void_p, ctypes.c_uint]
+        btf, asserts = lib.load_btf(), []
+        for kind, name in re.findall(r"^(struct|union) (\w+) \{$", text, re.MULTILINE):
+            number = btfheaders.STRUCT if kind == "struct" else btfheaders.UNION
+            size = lib.btf__type_by_id(btf, lib.btf__find_by_name_kind(btf, name.encode(), number))[2]
+            asserts.append('_Static_assert(sizeof(%s %s) == %d, "%s");' % (kind, name, size, name))
+        program = "\n".join(["#include <net/sock.h>", *asserts, "int program(void *ctx) { return 0; }"])
+        self.assertGreater(len(asserts), 100)
+        btfheaders.compiled(btfheaders.COMMON_TYPES, lambda: bcc.BPF(text=program)).cleanup()
 
     def test_set_and_unset(self):
         with btfheaders.kernel_source(TYPES):
@@ -150,11 +166,26 @@ class TaggedMembers(unittest.TestCase):
         self.assertEqual(btfheaders.without_tagged_members(text), text)
 
 
+def setUpModule():
+    tempfile.tempdir = tempfile.mkdtemp()       # where nobody else has files
+
+
+def tearDownModule():
+    os.rmdir(tempfile.tempdir)
+    tempfile.tempdir = None
+
+
+def descriptors():
+    """The open ones, without those of the namespace in which bcc finds tracefs, where there is none otherwise."""
+    paths = {fd: os.readlink(fd.path) for fd in os.scandir("/proc/self/fd") if os.path.exists(fd.path)}
+    return sorted(fd.name for fd, path in paths.items() if not path.startswith("mnt:"))
+
+
 def process_state():
     """What a compiler in another thread must leave as it was."""
     return (os.getcwd(), os.readlink("/proc/self/root"), os.readlink("/proc/self/ns/mnt"),
             os.readlink("/proc/thread-self/ns/mnt"), pathlib.Path("/proc/self/mounts").read_text(),
-            sorted(os.listdir("/proc/self/fd")), dict(os.environ), sorted(os.listdir(tempfile.gettempdir())))
+            descriptors(), dict(os.environ), os.listdir(tempfile.gettempdir()))
 
 
 class Compiled(unittest.TestCase):
@@ -178,13 +209,14 @@ class Compiled(unittest.TestCase):
             os.chdir("/")
             return (len(os.listdir("/sys/kernel/tracing/events")), len(os.listdir("/sys/kernel/debug/tracing/events")),
                     pathlib.Path("/proc/kallsyms").read_text())
-        with open("/proc/kallsyms", encoding="ascii") as kallsyms:
-            expected = {line.split()[2] for line in kallsyms} & set(btfheaders.BCC_FUNCTIONS)
         before = process_state()
         tracefs, debugfs, symbols = btfheaders.compiled(TYPES, compile_it)
         self.assertEqual(before[:5], process_state()[:5])
         self.assertTrue(tracefs and debugfs)
-        self.assertEqual({line.split()[2] for line in symbols.splitlines()}, expected)
+        if all("BTF_HAS_" + name in btfheaders.declarations([name]) for name in btfheaders.BCC_FUNCTIONS):
+            self.assertEqual([line.split()[2] for line in symbols.splitlines()], btfheaders.BCC_FUNCTIONS)
+        else:
+            self.assertGreater(symbols.count("\n"), 1000)
 
     @unittest.skipUnless(HAS_BTF and MAY_MOUNT, "needs BTF and CAP_SYS_ADMIN")
     def test_functions_that_btf_does_not_name(self):

@@ -31,7 +31,8 @@ import time
 REQUEST, REPLY = 1000, 3000             # bytes
 PAUSE = 0.06                            # seconds: longer than a delayed ACK
 WORKERS = 3
-TIMEOUT = 20 * float(os.environ.get("SLOW", "1"))       # seconds after which a scenario that hangs is given up
+SLOW = float(os.environ.get("SLOW", "1"))               # how much slower this machine is than a real one
+TIMEOUT = 20 * SLOW                     # seconds after which a scenario that hangs is given up
 
 
 # The families: the address that the server listens on, what the client connects to, and the socket family of each.
@@ -174,7 +175,7 @@ def client(run, port, ending):
     elif ending == "client_reset":
         finish(run, "client", sock, record, reset)
     elif ending in ("client_exit", "client_kill"):
-        run.write(role="client", died=[now(), now() + PAUSE], **record)
+        run.write(role="client", died=[now(), now() + PAUSE * SLOW], **record)
         if ending == "client_kill":
             os.kill(os.getpid(), signal.SIGKILL)
         os._exit(0)
@@ -197,7 +198,7 @@ def serve(run, listener, ending, how=lambda listener: listener.accept()[0]):
     if ending == "server_reset":
         finish(run, "server", sock, record, reset)
     elif ending in ("server_exit", "server_kill"):
-        run.write(role="server", died=[now(), now() + PAUSE], **record)
+        run.write(role="server", died=[now(), now() + PAUSE * SLOW], **record)
         if ending == "server_kill":
             os.kill(os.getpid(), signal.SIGKILL)
         os._exit(0)
@@ -419,7 +420,7 @@ def sessions(log):
     for records in ends.values():
         born = next(record["born"] for record in records if "born" in record)
         if any(word in records[0]["scenario"] for word in ("reset", "unaccepted")):
-            first = min((record["died"] for record in records), key=lambda pair: pair[1])
+            first = [min(record["died"][moment] for record in records) for moment in (0, 1)]
             for record in records:
                 record.update(born=born, died=first)
         else:
