@@ -33,6 +33,23 @@ closed_stdout() {
     exits 1 'closed' sh -c './$0 "$@" >&-' "$@"
 }
 
+no_reader() {           # of what comes before any tracing
+    mkfifo "$tmp/fifo"
+    exits 141 '' sh -c 'exec 3<>"$tmp/fifo" 4>"$tmp/fifo" 3<&-; exec "./$@" >&4' sh "$@"
+}
+
+prints_program() {      # with its flags
+    exits 0 '' "./$@" && head -n 1 "$tmp/out" | grep '^/[*] -g0 -D.* [*]/$' && grep '^int tracepoint_' "$tmp/out"
+}
+
+no_tree() {
+    exits 1 'no kernel headers in BCC_KERNEL_SOURCE (.*)$' env BCC_KERNEL_SOURCE=/nonexistent "./$@" && [ ! -s "$tmp/out" ]
+}
+
+no_proc() {
+    exits 1 "^$1: " unshare --mount sh -c 'umount -l /proc && exec "./$@"' sh "$@"
+}
+
 no_bcc() {
     mkdir "$tmp/none" && echo 'raise ImportError' >"$tmp/none/bcc.py"
     exits 1 'bcc' env PYTHONPATH="$tmp/none" "./$@"
@@ -174,6 +191,10 @@ for tool; do
     set --
     [ "$tool" = tcpchurn ] && set -- $$
     beside "$tool --help" exits 0 '' "./$tool" --help
+    beside "$tool --help, and nobody reads it" no_reader "$tool" --help
+    beside "$tool --help >/dev/full" exits 1 'No space left' env PYTHONUNBUFFERED=1 sh -c './$0 --help >/dev/full' "$tool"
+    beside "$tool --ebpf" prints_program "$tool" --ebpf "$@"
+    beside "$tool --ebpf, and nobody reads it" no_reader "$tool" --ebpf "$@"
     beside "$tool --nosuch" exits 2 '^usage: ' "./$tool" --nosuch
     beside "$tool without bcc" no_bcc "$tool" "$@"
     beside "$tool for nobody" unprivileged "$tool" "$@"
@@ -189,6 +210,14 @@ for tool; do
     beside "$tool | head -n 1" closed_pipe "$tool" "$@"
     beside "$tool >&-" closed_stdout "$tool" "$@"
     together
+    beside "$tool with a BCC_KERNEL_SOURCE that is not there" no_tree "$tool" --json "$@"
+    beside "$tool where there is no /proc" no_proc "$tool" "$@"
+    if grep -qw register_kprobe /proc/kallsyms; then
+        skip "$tool --probes kprobe where there are none" "this kernel has kprobes"
+    else
+        beside "$tool --probes kprobe where there are none" exits 1 'kprobe.*No such file' \
+            "./$tool" --probes kprobe "$@"
+    fi
     beside "$tool for a namespace that is deleted" deleted_namespace "$tool" "$@"
     beside "$tool where tracefs is not mounted" without_tracefs "$tool" "$@"
     beside "$tool without root, with some capabilities" few_capabilities 0 '' \

@@ -111,6 +111,27 @@ class Loss(unittest.TestCase):
                 self.churn.run(20000, 2)
             self.assertEqual(len(tracer.lines) - HEADINGS[tool], lines, tool)
 
+    def test_softirqs_that_interrupt(self):
+        """Packets that other CPUs have to take (RPS) interrupt at any moment: each event is printed once."""
+        def share_packets(cpus):
+            subprocess.run(["ip", "netns", "exec", self.namespaces.client, "sh", "-c",
+                            "echo %x >/sys/class/net/lo/queues/rx-0/rps_cpus" % cpus], check=True)
+        share_packets((1 << os.cpu_count()) - 1)
+        self.addCleanup(share_packets, 0)
+        where = "--json", "--netns", self.namespaces.client
+        connects = live.Tracer("tcpv4connect", *where)
+        changes = live.Tracer("deeptcptracer", *where, "-e", "tcp_set_state", check=False)
+        with live.tracing(connects, changes):
+            self.churn.run(20000, 2, 9000)
+        self.assertEqual(len(connects.lines), 40000)
+        last, doubles = {}, []
+        for line in changes.objects:
+            what = tuple(line[name] for name in ("saddr", "sport", "daddr", "dport", "oldstate", "state"))
+            if line["sport"] and line["ts"] - last.get(what, 0) < 0.001:        # no port is used again so soon
+                doubles.append(line)
+            last[what] = line["ts"]
+        self.assertEqual(doubles, [])
+
     def test_ten_thousand_a_second(self):
         where = ["-N", self.namespaces.client]
         with live.Tracer("deeptcptracer", "-e", "tcp_set_state,tcp_send_fin,tcp_fin", *where) as tracer:

@@ -52,6 +52,7 @@ class Actor:
 
     def obey(self, steps):
         signal.alarm(int(120 * live.SLOW))          # if nobody tells it to end
+        os.close(self.write)            # so that it ends, by an error, if the test does
         state = {}
         while True:
             order = os.read(self.orders, 1)[0]

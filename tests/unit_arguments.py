@@ -2,6 +2,10 @@
 import contextlib
 import importlib
 import io
+import os
+import signal
+import tempfile
+import threading
 import unittest
 
 PID = ["", "abc", "-1", "0", "1.5", "99999999", "\u0661", "1_0", "+1", "0x10"]
@@ -9,7 +13,8 @@ PORTS = ["", "0", "99999", "65536", "80,x", "80,", ",80", "-80", "80;81", "80-90
 SECONDS = ["", "0", "-1", "1e3", "inf", "nan", "abc", "\u0661", "1_0", "99999999999"]
 NETNS = ["", "0", "-1", "99999999999", "nosuchnamespace", "/etc/passwd", "/proc/self/ns/mnt", "/nonexistent",
          "../../etc/passwd"]
-NETWORKS = ["", "host", "1.2.3", "10.0.0.0/33", "300.1.1.1", "::1/129", "fe80::x", "\u0661.0.0.1", "10.0.0.1,"]
+NETWORKS = ["", "host", "1.2.3", "10.0.0.0/33", "300.1.1.1", "::1/129", "fe80::x", "fe80::1%eth0", "\u0661.0.0.1",
+            "10.0.0.1,"]
 MAP = ["", "nosuch", "/sys/fs/bpf/nosuch", '/etc/pass"wd']
 ALL = {"--netns": NETNS, "--duration": SECONDS, "--probes": ["", "uprobe"]}
 # By tool: values that an option refuses, by option ("": without a value); and other wrong command lines.
@@ -23,24 +28,52 @@ WRONG = {
     "tcpchurn": ({**ALL, "-w": ["", "0", "-1", "x", "1,,2", "1,2,", "inf", "1e3", "0.0001,9999999"],
                   "-i": SECONDS}, ["", "1 2", "-w 5", "1 -c --json", "1 --nosuch", "1 -z", "1 word", *PID[1:]]),
     "deeptcptracer": ({**ALL, "-N": NETNS, "-p": PID, "-s": NETWORKS, "-d": NETWORKS, "-S": PORTS, "-D": PORTS,
-                       "-e": ["", "nosuch", "tcp_fin,", "tcp_fin -R"]},
+                       "-e": ["", "nosuch", "tcp_fin,", "tcp_fin(garbage", "tcp_fin -R"]},
                       ["-4 -6", "--nosuch", "-z", "word"]),
 }
 
 
 class Wrong(unittest.TestCase):
+    def refused(self, tool, argv):
+        """What the tool says of these arguments, which it has to refuse."""
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said), self.assertRaises(SystemExit) as caught:
+            importlib.import_module(tool).parse_args(argv)
+        self.assertEqual(caught.exception.code, 2)
+        self.assertRegex(said.getvalue(), "(?s)^usage: %s .*\n%s: error: " % (tool, tool))
+        return said.getvalue()
+
     def test_wrong_arguments(self):
         for tool, (options, lines) in WRONG.items():
-            parse_args = importlib.import_module(tool).parse_args
             rest = ["1"] if tool == "tcpchurn" else []
             commands = [rest + [option, *value.split()] for option, values in options.items() for value in values]
             for argv in commands + [line.split() for line in lines]:
-                said = io.StringIO()
-                with self.subTest(tool=tool, argv=argv), contextlib.redirect_stderr(said):
-                    with self.assertRaises(SystemExit) as caught:
-                        parse_args(argv)
-                    self.assertEqual(caught.exception.code, 2)
-                    self.assertRegex(said.getvalue(), "(?s)^usage: %s .*\n%s: error: " % (tool, tool))
+                with self.subTest(tool=tool, argv=argv):
+                    self.refused(tool, argv)
+
+    def test_a_thread_is_no_process(self):
+        over = threading.Event()
+        thread = threading.Thread(target=over.wait)
+        thread.start()
+        self.addCleanup(over.set)
+        for tool in WRONG:
+            with self.subTest(tool=tool):
+                argv = [str(thread.native_id)] if tool == "tcpchurn" else ["-p", str(thread.native_id)]
+                self.assertIn("%d is a thread of process %d\n" % (thread.native_id, os.getpid()),
+                              self.refused(tool, argv))
+
+    def test_a_fifo_is_no_namespace(self):
+        """And nobody waits until it is written to."""
+        def too_late(*_):
+            raise AssertionError("the tool waits")
+        self.addCleanup(signal.signal, signal.SIGALRM, signal.signal(signal.SIGALRM, too_late))
+        self.addCleanup(signal.alarm, 0)
+        with tempfile.TemporaryDirectory() as folder:
+            os.mkfifo(folder + "/fifo")
+            for tool in WRONG:
+                with self.subTest(tool=tool):
+                    signal.alarm(5)
+                    self.refused(tool, ["--netns", folder + "/fifo"] + ["1"] * (tool == "tcpchurn"))
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ class Sums(unittest.TestCase):
 class Arguments(unittest.TestCase):
     def test_windows_with_commas_and_spaces(self):
         for argv in (["-w", "1,5,10", "7"], ["7", "-w", "1", "5", "10"], ["-w", "1", "5", "10", "7"],
-                     ["-w", "10,1", "5", "7"]):
+                     ["-w", "10,1", "5", "7"], ["-w", "1", "-w", "5", "-w", "10", "7"]):
             args = tcpchurn.parse_args(argv)
             self.assertEqual((args.pid, args.windows), (7, [10.0, 5.0, 1.0]), argv)
 

@@ -341,9 +341,12 @@ def refused(run):
     wait(spawn("cli-refused", run.client_ns, visitor, port))
 
 
-def uring_accept(listener):
-    """A connection from the listener that io_uring accepts. Raises OSError if this kernel has no io_uring."""
-    setup, enter, op_accept = 425, 426, 13                  # the numbers of most architectures
+def uring_accept(listener, direct=False):
+    """A connection from the listener that io_uring accepts. Raises OSError if this kernel has no io_uring.
+
+    direct: it has no descriptor and lives in the ring, whose descriptor is returned.
+    """
+    setup, enter, register, op_accept = 425, 426, 427, 13   # the numbers of most architectures
     sq_ring, cq_ring, sqes = 0, 0x8000000, 0x10000000       # what to map, include/uapi/linux/io_uring.h
     libc = ctypes.CDLL(None, use_errno=True)
     params = ctypes.create_string_buffer(120)
@@ -355,11 +358,16 @@ def uring_accept(listener):
     with mmap.mmap(ring, sq_array + 4, offset=sq_ring) as queue, mmap.mmap(ring, 64, offset=sqes) as entry, \
             mmap.mmap(ring, cq_entries + 32, offset=cq_ring) as done:
         struct.pack_into("=BBHi", entry, 0, op_accept, 0, 0, listener.fileno())
+        if direct:
+            libc.syscall(register, ring, 2, ctypes.byref(ctypes.c_int(-1)), 1)         # files: one that is not there
+            struct.pack_into("=I", entry, 44, 1)            # file_index: the first of them
         struct.pack_into("=I", queue, sq_array, 0)
         struct.pack_into("=I", queue, sq_tail, 1)
         if libc.syscall(enter, ring, 1, 1, 1, None, 0) < 0:             # submit one, wait for one
             raise OSError(ctypes.get_errno(), "io_uring_enter")
         result = struct.unpack_from("=Qi", done, cq_entries)[1]
+    if direct and not result:
+        return ring
     os.close(ring)
     if result < 0:
         raise OSError(-result, "accept")
