@@ -201,7 +201,7 @@ class Right(unittest.TestCase):
         self.assertEqual({line["pid"] for lines in said["one"].values() for line in lines}, {outside})
         self.assertEqual([len(said["one"][tool]) for tool in ("tcplife", "tcpaccept", "tcpv4connect")], [10, 5, 5])
         self.assertEqual({tool: owners(lines, inside) for tool, lines in said["one"].items()},
-                         dict.fromkeys(said["one"], {outside}))
+                         {tool: {outside} for tool in said["one"]})
         self.assertEqual(sum(line["state"] == "CLOSE" for line in said["one"]["deeptcptracer"]), 12)
         self.assertEqual(said["all"], {"opened": 10, "accepted": 5, "connected": 5, "closed": 12})
         self.assertEqual(said["stderr"], "tcpchurn: process %d has ended\n" % outside)
@@ -258,12 +258,13 @@ class Right(unittest.TestCase):
             for _ in range(20):
                 stack.enter_context(socket.create_connection(listener.getsockname()))
                 stack.enter_context(listener.accept()[0])
-            few = dict(check=False, pretend={"MAX_SOCKETS": 16})
+            few = {"check": False, "pretend": {"MAX_SOCKETS": 16}}
             churn, events = live.Tracer("tcpchurn", os.getpid(), **few), live.Tracer("deeptcptracer", **few)
             with live.tracing(churn, events):
                 unknown = sockets_of(os.getpid()) - 16
         self.assertEqual((churn.status, events.status), (0, 0))
-        self.assertEqual(churn.stderr, "tcpchurn: %d sockets from before the start not known: the map was full\n" % unknown)
+        self.assertEqual(churn.stderr,
+                         "tcpchurn: %d sockets from before the start not known: the map was full\n" % unknown)
         self.assertRegex(events.stderr, "^deeptcptracer: [0-9]+ owners of sockets from before the start not known: "
                                         "the map was full\n")
         self.assertGreaterEqual(int(events.stderr.split()[1]), unknown)
@@ -332,11 +333,12 @@ class Right(unittest.TestCase):
             with Unread(tool, *tools[tool], "--duration", 1, check=False) as tracer:
                 connect(listener, 100)
                 tracer.process.wait(5 * live.SLOW)
-            return tracer.status, tracer.stderr
+            # Other people's connections may cost losses.
+            return tracer.status, [line for line in tracer.stderr.splitlines() if " lost: " not in line]
         with socket.create_server(("127.0.0.1", 0)) as listener, \
                 concurrent.futures.ThreadPoolExecutor(len(tools)) as side_by_side:
             for tool, said in zip(tools, side_by_side.map(run, tools)):
-                self.assertEqual(said, (0, "%s: the output was not read to its end\n" % tool))
+                self.assertEqual(said, (0, ["%s: the output was not read to its end" % tool]))
 
     def test_containers(self):
         """tcpaccept with a map of cgroups and with one of mount namespaces, made as its manual page says."""
