@@ -5,6 +5,7 @@ import ctypes
 import fcntl
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -42,6 +43,9 @@ class Unread(live.Tracer):
         self.out, self.err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=self.err)
         fcntl.fcntl(self.process.stdout, F_SETPIPE_SZ, 4096)
+
+    def is_tracing(self):
+        return bool(select.select([self.process.stdout], [], [], 0)[0])         # its heading, or its first update
 
     def stop(self, number=signal.SIGKILL):
         super().stop(number)
@@ -325,7 +329,7 @@ class Right(unittest.TestCase):
         self.assertLessEqual(set(pids), {os.getpid(), None})
 
     def test_duration_ends_though_nobody_reads(self):
-        tools = {"tcplife": [], "tcpaccept": [], "tcpv4connect": [], "tcpchurn": [os.getpid(), "-i", 0.01],
+        tools = {"tcplife": [], "tcpaccept": [], "tcpv4connect": [], "tcpchurn": [os.getpid(), "-i", 0.02],
                  "deeptcptracer": []}
 
         def run(tool):
