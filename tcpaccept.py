@@ -126,7 +126,7 @@ static inline void count_lost(int what)
 #if PREEMPTIBLE
 BPF_TABLE("lru_hash", u64, u8, marks, 1 << 14);         /* not per CPU: a preempted process may move to another one */
 
-static inline bool is_mine(u64 event, bool first)
+static inline bool is_mine(void *ctx, u64 event, bool first)
 {
     u8 one = 1;
 
@@ -139,7 +139,7 @@ static inline bool is_mine(u64 event, bool first)
     return true;
 }
 #else
-#define is_mine(event, first) true      /* accept() runs in no interrupt, and only the first is attached */
+#define is_mine(ctx, event, first) true      /* accept() runs in no interrupt, and only the first is attached */
 #endif
 
 static inline u16 protocol_of(struct sock *sk)
@@ -277,7 +277,7 @@ static inline int accept_returned(struct syscall_exit *ctx, bool first)
 {
     struct sock *sk;
 
-    if (!is_mine(bpf_get_current_pid_tgid(), first) || ctx->ret < 0)
+    if (!is_mine(ctx, bpf_get_current_pid_tgid(), first) || ctx->ret < 0)
         return 0;
     sk = socket_of(ctx->ret);
     if (sk && !is_tcp(sk))

@@ -116,7 +116,7 @@ static inline void count_lost(int what)
 #if PREEMPTIBLE
 BPF_TABLE("lru_hash", u64, u8, marks, 1 << 14);         /* not per CPU: a preempted process may move to another one */
 
-static inline bool is_mine(u64 event, bool first)
+static inline bool is_mine(void *ctx, u64 event, bool first)
 {
     u8 one = 1;
 
@@ -129,21 +129,25 @@ static inline bool is_mine(u64 event, bool first)
     return true;
 }
 #else
-BPF_PERCPU_ARRAY(marks, u64, 2);        /* a softirq's event on top of a process's */
+struct marks {
+    u64 event[1024];
+};
+BPF_PERCPU_ARRAY(marks, struct marks, 1);
 
-static inline bool is_mine(u64 event, bool first)
+static inline bool is_mine(void *ctx, u64 event, bool first)
 {
-    int zero = 0, one = 1;
-    u64 *top = marks.lookup(&zero), *below = marks.lookup(&one);
+    int zero = 0;
+    struct marks *m = marks.lookup(&zero);
+    u64 *mark;
 
-    if (!top || !below)
+    if (!m)
         return false;           /* never */
+    /* A place for each depth of the stack, where ctx is: the softirq is deeper than the process, or has its own. */
+    mark = &m->event[(u64)(ctx - (void *)m) * 0x9e3779b97f4a7c15 >> 54];
     if (first) {
-        *below = *top;
-        *top = event;
-    } else if (*top == event || *below == event) {
-        *top = *top == event ? *below : *top;
-        *below = 0;
+        *mark = event;
+    } else if (*mark == event) {
+        *mark = 0;
         return false;
     } else {
         count_lost(RESCUED);
@@ -288,7 +292,7 @@ int kprobe_destroy(struct pt_regs *ctx, struct sock *sk)
 static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
 {
     /* An event is a socket and its new state. The address of a socket begins with 0xff. */
-    if (is_mine(ctx->args[0] ^ ctx->args[2] << 56, first))
+    if (is_mine(ctx, ctx->args[0] ^ ctx->args[2] << 56, first))
         state_change(ctx, (struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
     return 0;
 }
@@ -345,7 +349,7 @@ static inline struct sock *socket_of(long fd)
 
 static inline int accept_returned(struct syscall_exit *ctx, bool first)
 {
-    struct sock *sk = is_mine(bpf_get_current_pid_tgid(), first) ? socket_of(ctx->ret) : NULL;
+    struct sock *sk = is_mine(ctx, bpf_get_current_pid_tgid(), first) ? socket_of(ctx->ret) : NULL;
 
     if (sk)
         accepted(ctx, sk);

@@ -55,7 +55,6 @@ examples = """examples:
   ./tcplife -L 80        # only trace local port 80
   ./tcplife -L 80,81     # only trace local ports 80 and 81
   ./tcplife -D 80        # only trace remote port 80
-  ./tcplife --json       # one JSON object per line
   ./tcplife --netns web  # only trace the network namespace web
 """
 
@@ -131,7 +130,7 @@ static inline void count_lost(int what)
 #if PREEMPTIBLE
 BPF_TABLE("lru_hash", u64, u8, marks, 1 << 14);         /* not per CPU: a preempted process may move to another one */
 
-static inline bool is_mine(u64 event, bool first)
+static inline bool is_mine(void *ctx, u64 event, bool first)
 {
     u8 one = 1;
 
@@ -144,21 +143,25 @@ static inline bool is_mine(u64 event, bool first)
     return true;
 }
 #else
-BPF_PERCPU_ARRAY(marks, u64, 2);        /* a softirq's event on top of a process's */
+struct marks {
+    u64 event[1024];
+};
+BPF_PERCPU_ARRAY(marks, struct marks, 1);
 
-static inline bool is_mine(u64 event, bool first)
+static inline bool is_mine(void *ctx, u64 event, bool first)
 {
-    int zero = 0, one = 1;
-    u64 *top = marks.lookup(&zero), *below = marks.lookup(&one);
+    int zero = 0;
+    struct marks *m = marks.lookup(&zero);
+    u64 *mark;
 
-    if (!top || !below)
+    if (!m)
         return false;           /* never */
+    /* A place for each depth of the stack, where ctx is: the softirq is deeper than the process, or has its own. */
+    mark = &m->event[(u64)(ctx - (void *)m) * 0x9e3779b97f4a7c15 >> 54];
     if (first) {
-        *below = *top;
-        *top = event;
-    } else if (*top == event || *below == event) {
-        *top = *top == event ? *below : *top;
-        *below = 0;
+        *mark = event;
+    } else if (*mark == event) {
+        *mark = 0;
         return false;
     } else {
         count_lost(RESCUED);
@@ -210,12 +213,10 @@ static inline bool is_wanted(struct event *e, struct sock *sk)
 
 static inline void submit(void *ctx, struct event *e)
 {
-    if (FILTER_PID && e->owner.pid != FILTER_PID)
-        return;
-#if RING_PAGES
-    if (events.ringbuf_output(e, sizeof(*e), BPF_RB_NO_WAKEUP))     /* no wake-up: the reader polls */
+#if RING_PAGES          /* no wake-up: the reader polls */
+    if (IS_WANTED_PID(e->owner.pid) && events.ringbuf_output(e, sizeof(*e), BPF_RB_NO_WAKEUP))
 #else
-    if (events.perf_submit(ctx, e, sizeof(*e)))
+    if (IS_WANTED_PID(e->owner.pid) && events.perf_submit(ctx, e, sizeof(*e)))
 #endif
         count_lost(LOST_EVENT);
 }
@@ -256,10 +257,9 @@ static inline void birth(struct sock *sk, bool active)
         count_lost(LOST_SESSION);
 }
 
-/* A new socket: an older session at this address has missed its end. */
+/* A new socket: an older session at this address has missed its end. lookup() takes no lock, delete() does. */
 static inline void forget(struct sock *sk)
 {
-    /* lookup() takes no lock, delete() does */
     if ((sessions.lookup(&sk) && !sessions.delete(&sk)) || (unclaimed.lookup(&sk) && !unclaimed.delete(&sk)))
         count_lost(LOST_END);
 }
@@ -359,7 +359,7 @@ int kprobe_destroy(struct pt_regs *ctx, struct sock *sk)
 static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
 {
     /* An event is a socket and its new state. The address of a socket begins with 0xff. */
-    if (is_mine(ctx->args[0] ^ ctx->args[2] << 56, first))
+    if (is_mine(ctx, ctx->args[0] ^ ctx->args[2] << 56, first))
         state_change(ctx, (struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
     return 0;
 }
@@ -404,7 +404,7 @@ static inline struct sock *socket_of(long fd)
 
 static inline int accept_returned(struct syscall_exit *ctx, bool first)
 {
-    struct sock *sk = is_mine(bpf_get_current_pid_tgid(), first) ? socket_of(ctx->ret) : NULL;
+    struct sock *sk = is_mine(ctx, bpf_get_current_pid_tgid(), first) ? socket_of(ctx->ret) : NULL;
 
     if (sk)
         accepted(ctx, sk);
@@ -511,7 +511,7 @@ def cflags(args):
         "MAX_SESSIONS": MAX_SESSIONS,
         "MAX_UNCLAIMED": MAX_UNCLAIMED,
         "FILTERS": int(bool(args.ipv4 or args.ipv6 or args.netns or args.localport or args.remoteport)),
-        "FILTER_PID": args.pid or 0,
+        "IS_WANTED_PID(pid)": "(pid) == %d" % args.pid if args.pid else "true",
         "FILTER_NETNS": args.netns or 0,
         "FILTER_IP": 4 * args.ipv4 + 6 * args.ipv6,
         "IS_WANTED_LPORT(port)": port_condition(args.localport),

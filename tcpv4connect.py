@@ -106,7 +106,7 @@ static inline void count_lost(int what)
 #if PREEMPTIBLE
 BPF_TABLE("lru_hash", u64, u8, marks, 1 << 14);         /* not per CPU: a preempted process may move to another one */
 
-static inline bool is_mine(u64 event, bool first)
+static inline bool is_mine(void *ctx, u64 event, bool first)
 {
     u8 one = 1;
 
@@ -119,7 +119,7 @@ static inline bool is_mine(u64 event, bool first)
     return true;
 }
 #else
-#define is_mine(event, first) true      /* connect() runs in no interrupt, and only the first is attached */
+#define is_mine(ctx, event, first) true      /* connect() runs in no interrupt, and only the first is attached */
 #endif
 
 /* MPTCP's own sockets and SCTP's report their states here too; MPTCP's subflows are TCP. */
@@ -179,7 +179,7 @@ static inline void state_change(void *ctx, struct sock *sk, int oldstate, int ne
 static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
 {
     /* An event is a socket and its new state. The address of a socket begins with 0xff. */
-    if (is_mine(ctx->args[0] ^ ctx->args[2] << 56, first))
+    if (is_mine(ctx, ctx->args[0] ^ ctx->args[2] << 56, first))
         state_change(ctx, (struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
     return 0;
 }

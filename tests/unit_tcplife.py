@@ -105,7 +105,7 @@ class Arguments(unittest.TestCase):
     def test_only_numbers_reach_the_c_text(self):
         args = tcplife.parse_args("-p 181 -L 80,81 -D 443 --netns 4026531840".split())
         for flag in tcplife.cflags(args):
-            self.assertRegex(flag, r"^-g0$|^-D[A-Z0-9_]+(\(port\))?=\((true|[0-9]+|[port()=| 0-9]+)\)$")
+            self.assertRegex(flag, r"^-g0$|^-D[A-Z0-9_]+(\((port|pid)\))?=\((true|[0-9]+|[portid()=| 0-9]+)\)$")
 
     def test_bad_arguments_exit_2(self):
         for wrong in (["-p", "x"], ["-p", "٣"], ["-L", "1,,2"], ["-4", "-6"], ["--duration", "1_0"]):
