@@ -5,6 +5,7 @@ import ctypes
 import fcntl
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -42,6 +43,9 @@ class Unread(live.Tracer):
         self.out, self.err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=self.err)
         fcntl.fcntl(self.process.stdout, F_SETPIPE_SZ, 4096)
+
+    def is_tracing(self):
+        return bool(select.select([self.process.stdout], [], [], 0)[0])         # its heading, or its first update
 
     def stop(self, number=signal.SIGKILL):
         super().stop(number)
@@ -163,9 +167,11 @@ class Right(unittest.TestCase):
         with socket.create_server(("127.0.0.1", 0)) as listener, \
                 live.Tracer("tcpchurn", os.getpid(), "-w", "0.01,0.2", "-i", "0.3", "--json") as tracer:
             tracer.process.send_signal(signal.SIGSTOP)
-            for _ in range(9):              # more buckets of a millisecond than a map for this window would hold
+            for _ in range(20):
                 visit(0.2, 0)
                 time.sleep(0.2)
+                if len({int(moment * 1000) for moment in log}) > 1500:
+                    break           # more buckets of a millisecond than a map of a window's size would hold
             tracer.process.send_signal(signal.SIGCONT)
             visit(0.8, 0.02)
             time.sleep(0.6)
@@ -200,9 +206,7 @@ class Right(unittest.TestCase):
             self.assertEqual(owners(lines, inside) - {None}, {outside}, tool)
         self.assertEqual({line["pid"] for lines in said["one"].values() for line in lines}, {outside})
         self.assertEqual([len(said["one"][tool]) for tool in ("tcplife", "tcpaccept", "tcpv4connect")], [10, 5, 5])
-        self.assertEqual({tool: owners(lines, inside) for tool, lines in said["one"].items()},
-                         {tool: {outside} for tool in said["one"]})
-        self.assertEqual(sum(line["state"] == "CLOSE" for line in said["one"]["deeptcptracer"]), 12)
+        self.assertEqual(sum(line["state"] == "CLOSE_WAIT" for line in said["one"]["deeptcptracer"]), 6)
         self.assertEqual(said["all"], {"opened": 10, "accepted": 5, "connected": 5, "closed": 12})
         self.assertEqual(said["stderr"], "tcpchurn: process %d has ended\n" % outside)
 
@@ -258,8 +262,8 @@ class Right(unittest.TestCase):
             for _ in range(20):
                 stack.enter_context(socket.create_connection(listener.getsockname()))
                 stack.enter_context(listener.accept()[0])
-            few = {"check": False, "pretend": {"MAX_SOCKETS": 16}}
-            churn, events = live.Tracer("tcpchurn", os.getpid(), **few), live.Tracer("deeptcptracer", **few)
+            churn, events = (live.Tracer(*tool, check=False, pretend={"MAX_SOCKETS": 16})
+                             for tool in (("tcpchurn", os.getpid()), ("deeptcptracer",)))
             with live.tracing(churn, events):
                 unknown = sockets_of(os.getpid()) - 16
         self.assertEqual((churn.status, events.status), (0, 0))
@@ -287,7 +291,8 @@ class Right(unittest.TestCase):
         for actor, churn in zip(actors, churns):
             self.assertEqual((churn.status, churn.stderr), (0, "tcpchurn: process %d has ended\n" % actor.pid))
             self.assertEqual(churn.objects[-1]["all"], {"opened": 10, "accepted": 5, "connected": 5, "closed": 12})
-        self.assertEqual(sum(line["state"] == "CLOSE" for line in events.objects), 12)
+        # One of these is from before the start, and comes before its owner closes it.
+        self.assertEqual(sum(line["state"] == "CLOSE_WAIT" for line in events.objects), 6)
 
     def test_closed_by_multipath_tcp(self):
         """Whom MPTCP's worker, a kernel thread, closes a session for is not known."""
@@ -326,19 +331,18 @@ class Right(unittest.TestCase):
         self.assertLessEqual(set(pids), {os.getpid(), None})
 
     def test_duration_ends_though_nobody_reads(self):
-        tools = {"tcplife": [], "tcpaccept": [], "tcpv4connect": [], "tcpchurn": [os.getpid(), "-i", 0.01],
+        tools = {"tcplife": [], "tcpaccept": [], "tcpv4connect": [], "tcpchurn": [os.getpid(), "-i", 0.02],
                  "deeptcptracer": []}
 
         def run(tool):
             with Unread(tool, *tools[tool], "--duration", 1, check=False) as tracer:
                 connect(listener, 100)
                 tracer.process.wait(5 * live.SLOW)
-            # Other people's connections may cost losses.
-            return tracer.status, [line for line in tracer.stderr.splitlines() if " lost: " not in line]
+            return tracer.status, tracer.stderr
         with socket.create_server(("127.0.0.1", 0)) as listener, \
                 concurrent.futures.ThreadPoolExecutor(len(tools)) as side_by_side:
             for tool, said in zip(tools, side_by_side.map(run, tools)):
-                self.assertEqual(said, (0, ["%s: the output was not read to its end" % tool]))
+                self.assertEqual(said, (0, "%s: the output was not read to its end\n" % tool))
 
     def test_containers(self):
         """tcpaccept with a map of cgroups and with one of mount namespaces, made as its manual page says."""
