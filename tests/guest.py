@@ -40,7 +40,7 @@ MODES = {
     "none": ("none", "default", "ring", [], {}),
     "lockdown": ("BTF", "default", "ring", [], {}),     # of confidentiality: nothing may read the kernel's memory
 }
-test_tcplife.MS *= live.SLOW            # an emulated CPU may stand still for a while
+test_tcplife.MS *= live.SLOW ** 2       # an emulated CPU may stand still for a while
 UNSHARE = ["unshare", "--pid", "--fork", "--mount-proc"]
 ROW = "%-24s %-7s %-7s %-8s %-10s %-6s %s"
 

@@ -133,7 +133,7 @@ guest() {               # in the guest, as its first process
     ip link set lo up
     echo "guest: started $(uname -r)"
     cd /mnt/tests
-    export PYTHONPATH=/mnt:/mnt/tests PYTHONDONTWRITEBYTECODE=1 SLOW=8 CLOCK_MAY_BE_SET=yes HOME=/tmp LANG=C
+    export PYTHONPATH=/mnt:/mnt/tests PYTHONPYCACHEPREFIX=/tmp/pycache SLOW=8 CLOCK_MAY_BE_SET=yes HOME=/tmp LANG=C
     modes=$(sed -n 's/.*modes=\([^ ]*\).*/\1/p' /proc/cmdline | tr , ' ')
     status=0
     # shellcheck disable=SC2086     # a list
