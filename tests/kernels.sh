@@ -34,9 +34,9 @@ exchange_kernel() {     # exchange_kernel NAME RELEASE OTHER: both as hard links
 }
 
 make_root() {           # make_root NAME: a folder of the cache, unless it is there
-    [ ! -d "$cache/$1" ] || return 0
+    [ ! -e "$cache/$1/bin/busybox" ] || return 0        # else it is from an older version of this script
     echo "kernels.sh: installing $1" >&2
-    rm -rf "$cache/$1.part"
+    rm -rf "${cache:?}/$1" "$cache/$1.part"
     mkdir -p "$cache"
     case $1 in
     *-sid) exchange_kernel "$1" "${1%-sid}" sid ;;

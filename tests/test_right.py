@@ -338,11 +338,12 @@ class Right(unittest.TestCase):
             with Unread(tool, *tools[tool], "--duration", 1, check=False) as tracer:
                 connect(listener, 100)
                 tracer.process.wait(5 * live.SLOW)
-            return tracer.status, tracer.stderr
+            # Other people's connections may cost losses.
+            return tracer.status, [line for line in tracer.stderr.splitlines() if " lost: " not in line]
         with socket.create_server(("127.0.0.1", 0)) as listener, \
                 concurrent.futures.ThreadPoolExecutor(len(tools)) as side_by_side:
             for tool, said in zip(tools, side_by_side.map(run, tools)):
-                self.assertEqual(said, (0, "%s: the output was not read to its end\n" % tool))
+                self.assertEqual(said, (0, ["%s: the output was not read to its end" % tool]))
 
     def test_containers(self):
         """tcpaccept with a map of cgroups and with one of mount namespaces, made as its manual page says."""
