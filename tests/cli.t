@@ -43,7 +43,8 @@ prints_program() {      # with its flags
 }
 
 no_tree() {
-    exits 1 'no kernel headers in BCC_KERNEL_SOURCE' env BCC_KERNEL_SOURCE=/nonexistent "./$@" && [ ! -s "$tmp/out" ]
+    exits 1 'no kernel headers in BCC_KERNEL_SOURCE (.*)$' env BCC_KERNEL_SOURCE=/nonexistent "./$@" &&
+        [ ! -s "$tmp/out" ]
 }
 
 no_proc() {
@@ -192,8 +193,8 @@ for tool; do
     [ "$tool" = tcpchurn ] && set -- $$
     beside "$tool --help" exits 0 '' "./$tool" --help
     beside "$tool --help, and nobody reads it" no_reader "$tool" --help
-    beside "$tool --help >/dev/full" exits 1 'No space left' \
-        env PYTHONUNBUFFERED=1 sh -c './$0 --help >/dev/full' "$tool"
+    beside "$tool --help >/dev/full" exits 1 'No space left' env PYTHONUNBUFFERED=1 \
+        sh -c './$0 --help >/dev/full' "$tool"
     beside "$tool --ebpf" prints_program "$tool" --ebpf "$@"
     beside "$tool --ebpf, and nobody reads it" no_reader "$tool" --ebpf "$@"
     beside "$tool --nosuch" exits 2 '^usage: ' "./$tool" --nosuch
