@@ -22,7 +22,6 @@ import workload
 EXIT = {"x86_64": 60, "aarch64": 93}[os.uname().machine]       # exit(2): of a thread alone
 F_SETPIPE_SZ, CLONE_NEWNS, IPPROTO_MPTCP = 1031, 0x20000, 262
 LAST_PID = "/proc/sys/kernel/ns_last_pid"
-CGROUPS = "/sys/fs/cgroup", "/sys/fs/cgroup/unified"            # where cgroup v2 may be
 
 
 class Unheard(live.Tracer):
@@ -338,21 +337,20 @@ class Right(unittest.TestCase):
             with Unread(tool, *tools[tool], "--duration", 1, check=False) as tracer:
                 connect(listener, 100)
                 tracer.process.wait(5 * live.SLOW)
-            return tracer.status, tracer.stderr
+            # Other people's connections may cost losses.
+            return tracer.status, [line for line in tracer.stderr.splitlines() if " lost: " not in line]
         with socket.create_server(("127.0.0.1", 0)) as listener, \
                 concurrent.futures.ThreadPoolExecutor(len(tools)) as side_by_side:
             for tool, said in zip(tools, side_by_side.map(run, tools)):
-                self.assertEqual(said, (0, "%s: the output was not read to its end\n" % tool))
+                self.assertEqual(said, (0, ["%s: the output was not read to its end" % tool]))
 
     def test_containers(self):
         """tcpaccept with a map of cgroups and with one of mount namespaces, made as its manual page says."""
-        root = next((path for path in CGROUPS if os.path.exists(path + "/cgroup.controllers")), None)
-        if not root:
-            self.skipTest("no cgroup v2 is mounted")
         with contextlib.ExitStack() as stack, socket.create_server(("127.0.0.1", 0)) as listener:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            subprocess.run(["mount", "-t", "bpf", "bpf", folder], check=True)
-            stack.callback(subprocess.run, ["umount", folder], check=True)
+            folder, root = (stack.enter_context(tempfile.TemporaryDirectory()) for _ in range(2))
+            for kind, path in (("bpf", folder), ("cgroup2", root)):
+                subprocess.run(["mount", "-t", kind, kind, path], check=True)
+                stack.callback(subprocess.run, ["umount", path], check=True)
             group = "%s/tcpt-%d" % (root, os.getpid())
             os.mkdir(group)
             stack.callback(os.rmdir, group)
