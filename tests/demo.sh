@@ -8,9 +8,9 @@ show() {        # show TOOL [OPTION...]: its first lines while connections come 
     printf '\n# ./%s\n' "$*"
     tool=$1
     shift
-    { "$python" "./$tool.py" --duration 3 "$@" || echo "$tool" >>"$failed"; } | head -n 16 &
+    { "$python" "./$tool.py" --duration 4 "$@" || echo "$tool" >>"$failed"; } | head -n 16 &
     tracer=$!
-    sleep 1
+    sleep 2
     "$python" tests/workload.py client_close server_reset refused >/dev/null
     wait "$tracer"
 }

@@ -90,7 +90,8 @@ class Tracer:
         self.stop()
         if self.check and kind is None:
             assert self.status == 0, (self.command, self.status, self.stderr)
-            assert self.stderr == "", self.stderr
+            # The end of somebody else's session may be what the kernel did not show: see Unseen.
+            assert not [line for line in self.stderr.splitlines() if "their end was not seen" not in line], self.stderr
 
     @property
     def lines(self):
