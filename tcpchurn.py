@@ -649,7 +649,7 @@ def report(lost, reported, form="%s: %d %s"):
     for what, count in lost.items():
         if count > reported.get(what, 0):
             with contextlib.suppress(OSError):          # nobody reads standard error
-                print(form % (PROGRAM, count - reported.get(what, 0), what), file=sys.stderr, flush=True)
+                os.write(2, (form % (PROGRAM, count - reported.get(what, 0), what) + "\n").encode())
     return lost
 
 
