@@ -130,7 +130,7 @@ static inline bool is_mine(void *ctx, u64 event, bool first)
 }
 #else
 struct marks {
-    u64 event[1024];
+    u64 event[2048];
 };
 BPF_PERCPU_ARRAY(marks, struct marks, 1);
 
@@ -142,8 +142,8 @@ static inline bool is_mine(void *ctx, u64 event, bool first)
 
     if (!m)
         return false;           /* never */
-    /* A place for each depth of the stack, where ctx is: the softirq is deeper than the process, or has its own. */
-    mark = &m->event[(u64)(ctx - (void *)m) * 0x9e3779b97f4a7c15 >> 54];
+    /* A place by event and depth of the stack, where ctx is: the softirq is deeper than the process, or has its own. */
+    mark = &m->event[((u64)(ctx - (void *)m) ^ event) * 0x9e3779b97f4a7c15 >> 53];
     if (first) {
         *mark = event;
     } else if (*mark == event) {
