@@ -4,7 +4,7 @@
 #                For Linux, uses bcc, eBPF.
 #
 # usage: deeptcptracer [-h] [-p PID] [-t] [-K] [-s ADDRESS] [-d ADDRESS] [-S PORT] [-D PORT] [-N NETNS] [-e LIST | -R]
-#                      [-4 | -6] [--json] [--duration SECONDS] [--probes {tracepoint,kprobe}] [--ebpf]
+#                      [-4 | -6] [--json] [--duration SECONDS] [--probes {tracepoint,kprobe}] [--ebpf] [--version]
 #
 # Prints one line per event: the process that owns the socket, the local and the remote address, the TCP state, the
 # socket's error; with -K the kernel stack below it.
@@ -601,6 +601,7 @@ def parse_args(argv=None):
     add("--probes", choices=("tracepoint", "kprobe"),
         help="use this kind of probe only (default: tracepoints, and for accept() a kprobe where there are any)")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
+    add("--version", action="version", version="%(prog)s 1.0")
     args = parser.parse_args(argv)
     args.kprobes = args.probes == "kprobe" or KERNEL < (4, 17)
     return args

@@ -4,7 +4,7 @@
 #          For Linux, uses bcc, eBPF.
 #
 # usage: tcplife [-h] [-T] [-t] [-w | -s | --json] [-p PID] [-L LOCALPORT] [-D REMOTEPORT] [-4 | -6] [--netns NETNS]
-#                [--duration SECONDS] [--owner {accept,close}] [--probes {tracepoint,kprobe}] [--ebpf]
+#                [--duration SECONDS] [--owner {accept,close}] [--probes {tracepoint,kprobe}] [--ebpf] [--version]
 #
 # Prints one line per finished session: the process that owns the socket, addresses, ports, bytes each way and
 # milliseconds. Both ends are shown when both are on this machine, and so is a connect that failed.
@@ -481,6 +481,7 @@ def parse_args(argv=None):
     add("--probes", choices=("tracepoint", "kprobe"),
         help="use this kind of probe only (default: tracepoints, and for accept() a kprobe where there are any)")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
+    add("--version", action="version", version="%(prog)s 1.0")
     args = parser.parse_args(argv)
     args.kprobes = args.probes == "kprobe" or KERNEL < (4, 17)
     args.form = args.time * "%-8s " + args.timestamp * "%-9s " + (WIDE if args.wide else NARROW)

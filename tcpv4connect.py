@@ -4,7 +4,7 @@
 #               For Linux, uses bcc, eBPF.
 #
 # usage: tcpv4connect [-h] [-t] [-p PID] [-T] [-U] [-u UID] [-P PORT] [--json] [--netns NETNS]
-#                     [--duration SECONDS] [--probes {tracepoint,kprobe}] [--ebpf]
+#                     [--duration SECONDS] [--probes {tracepoint,kprobe}] [--ebpf] [--version]
 #
 # Prints one line for each active IPv4 connection that a process attempts; it may fail afterwards. IPv4 from an IPv6
 # socket (v4-mapped addresses) is shown too, IPv6 is not.
@@ -247,6 +247,7 @@ def parse_args(argv=None):
     add("--duration", metavar="SECONDS", type=number(0.001, 1e9, float), help="exit after this many seconds")
     add("--probes", choices=("tracepoint", "kprobe"), help="use this kind of probe only (default: the tracepoint)")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
+    add("--version", action="version", version="%(prog)s 1.0")
     args = parser.parse_args(argv)
     args.form = args.time * "%-8s " + args.timestamp * "%-8s " + args.print_uid * "%-5s " + TEXT
     return args

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Install what the demo or the tests need, with the system's package manager.
 #
-# usage: packages.sh demo|test|kernels
+# usage: packages.sh demo|test|kernels|deb|package
 # shellcheck disable=SC2086     # lists of packages are meant to be split
 set -eu
 
@@ -10,6 +10,8 @@ install() {     # install COMMAND... with the packages of the chosen kind
     demo) list=$demo ;;
     test) list="$demo $test" ;;
     kernels) list=${kernels:?the kernels come from Debian: not known how to get mmdebstrap here} ;;
+    deb) list=${deb:?a Debian package is built on Debian or Ubuntu} ;;
+    package) list=${package:?the package is tested in Debian: not known how to get mmdebstrap here} ;;
     esac
     echo "packages.sh: installing $list" >&2
     "$@" $list >/dev/null
@@ -20,6 +22,8 @@ if command -v apt-get >/dev/null; then
     demo='python3-bpfcc iproute2'
     test='python3-tap python3-venv perl shellcheck mandoc gcc libc6-dev procps bsdextrautils bpftool mount jq'
     kernels='qemu-system-x86 mmdebstrap busybox-static cpio kmod xz-utils zstd'
+    deb='debhelper dh-python dpkg-dev lintian'
+    package='python3-tap perl mmdebstrap systemd-container'
     apt-get update -qq
     export DEBIAN_FRONTEND=noninteractive
     install apt-get install -y -qq --no-install-recommends
