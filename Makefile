@@ -110,13 +110,13 @@ uninstall:
 	(cd $$list && find . -depth -type d -path '*/tcp-tracers*' -printf '$(DESTDIR)/%P\0') | \
 	    xargs -0 rmdir --ignore-fail-on-non-empty && rm -r $$list
 
-# In a copy, because debhelper leaves files behind
+# In a copy, because debhelper leaves files behind. What it needs is checked here, and a compiler is not.
 deb: deps-deb
 	rm -rf build/deb && mkdir -p build/deb/tcp-tracers
 	cp -a Makefile CHANGELOG.md LICENSE *.py completion debian examples man service build/deb/tcp-tracers
 	awk -f debian/changelog.awk -v maintainer="$$(sed -n 's/^Maintainer: //p' debian/control)" CHANGELOG.md \
 	    >build/deb/tcp-tracers/debian/changelog
-	cd build/deb/tcp-tracers && dpkg-buildpackage --build=binary --no-sign
+	cd build/deb/tcp-tracers && dpkg-buildpackage --build=binary --no-sign --no-check-builddeps
 	lintian --fail-on error,warning build/deb/*.changes
 	mv build/deb/*.deb build
 
