@@ -5,8 +5,8 @@ usage: soak.py [-r RATE] SECONDS
 
 The load: connload.c at RATE connections per second, with it the rounds of workload.py one after the other, and now and
 then a crowd of 2,000 connections that are open at once. In the end every tool's lines are compared with what the load
-itself has counted. Prints a row per check; exit status 1 if one fails. A state change that the kernel has not shown to any
-program (live.Unseen) may be missing, no other; and tcplife has to tell it.
+itself has counted. Prints a row per check; exit status 1 if one fails. A state change that the kernel has not shown to
+any program (live.Unseen) may be missing, no other; and tcplife has to report it.
 """
 import argparse
 import collections
