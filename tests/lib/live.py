@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 PYTHON = os.environ.get("PYTHON", "/usr/bin/python3")
 TOOLS = os.environ.get("TOOLS", str(ROOT))                      # the folder where the tools stand
 OPTIONS = os.environ.get("TOOL_OPTIONS", "").split()            # what every tool is started with
@@ -295,13 +295,13 @@ class Namespaces:
 
 
 class Churn:
-    """The load of churn.c, compiled once: churn.run(connections, threads, rate) is the rate it reached."""
+    """The load of connload.c, compiled once: churn.run(connections, threads, rate) is the rate it reached."""
 
     def __init__(self, namespace=None):
         self.folder = tempfile.TemporaryDirectory()
         self.binary = os.path.join(self.folder.name, "churn")
         self.command = ["ip", "netns", "exec", namespace, self.binary] if namespace else [self.binary]
-        subprocess.run(["cc", "-O2", "-pthread", "-o", self.binary, ROOT / "tests/churn.c"], check=True)
+        subprocess.run(["cc", "-O2", "-pthread", "-o", self.binary, ROOT / "tests/lib/connload.c"], check=True)
 
     def start(self, *numbers):
         return subprocess.Popen([*self.command, *map(str, numbers)], stdout=subprocess.PIPE, text=True)
