@@ -79,7 +79,8 @@ deps-deb:
 	@$(call have,dh dh_python3 dpkg-buildpackage lintian) || sh tests/setup/packages.sh deb
 
 deps-package:
-	@$(PYTHON) -c 'import tap' 2>/dev/null && $(call have,mmdebstrap prove systemd-nspawn) || sh tests/setup/packages.sh package
+	@$(PYTHON) -c 'import pexpect, tap' 2>/dev/null && $(call have,mmdebstrap prove systemd-nspawn) || \
+	 sh tests/setup/packages.sh package
 
 $(RUFF):
 	$(PYTHON) -m venv .venv

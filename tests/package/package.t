@@ -2,6 +2,5 @@
 # The Debian package: built, installed, used and removed.
 #
 # usage: package.t RELEASE         (bookworm, trixie, ...; as root)
-cd "$(dirname "$0")" || exit 1
-export RELEASE="${1:?}" PYTHONDONTWRITEBYTECODE=1
-"${PYTHON:-/usr/bin/python3}" -W ignore -m tap test_package | sed '/^# TAP results for/d'
+export RELEASE="${1:?}"
+"$(dirname "$0")/../lib/python" -m tap test_package | sed '/^# TAP results for/d'

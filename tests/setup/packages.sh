@@ -23,7 +23,7 @@ if command -v apt-get >/dev/null; then
     test='python3-tap python3-venv perl shellcheck mandoc gcc libc6-dev procps bsdextrautils bpftool mount jq'
     kernels='qemu-system-x86 mmdebstrap busybox-static cpio kmod xz-utils zstd'
     deb='debhelper dh-python dpkg-dev lintian'
-    package='python3-tap perl mmdebstrap systemd-container'
+    package='python3-tap python3-pexpect perl mmdebstrap systemd-container iproute2'
     apt-get update -qq
     export DEBIAN_FRONTEND=noninteractive
     install apt-get install -y -qq --no-install-recommends
