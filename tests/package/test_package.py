@@ -205,6 +205,12 @@ class Package(unittest.TestCase):
             self.systemctl("kill", "--signal=KILL", UNIT)
             self.until_traced()
             self.assertEqual(self.systemctl("show", "-P", "NRestarts", UNIT), "1")
+
+        with self.subTest("an upgrade restarts it"):
+            before = self.systemctl("show", "-P", "MainPID", UNIT)
+            self.clean.run("apt-get", "install", "-qq", "--reinstall", "/root/tcp-tracers.deb")
+            self.assertNotEqual(self.systemctl("show", "-P", "MainPID", UNIT), before)
+            self.until_traced()
         said = self.clean.run("journalctl", "-u", UNIT, "-o", "cat", "--no-pager")
         self.assertNotRegex(said, "(?m)Traceback|^tcplife: ")
 
