@@ -11,7 +11,7 @@ CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / "
 # What they have, and what they have downloaded but not installed. There is no network in them.
 KINDS = {
     "build": ("make,debhelper,dh-python,lintian", ""),
-    "clean": ("systemd-sysv,logrotate,man-db,bash-completion,iproute2,python3-minimal", "python3-bpfcc"),
+    "clean": ("systemd-sysv,logrotate,man-db,bash-completion,iproute2,python3", "python3-bpfcc"),
 }
 
 
