@@ -11,7 +11,6 @@
 #
 # Traces the sock:inet_sock_set_state tracepoint (tcp_set_state() before Linux 4.17), where a socket enters SYN_SENT.
 # That happens inside connect(), so the current process is the one that connects, and after a route has been found.
-# With -r, the next change of the same socket is the result.
 #
 # CAVEATS: a connect() that finds no route never gets that far and is not shown.
 
@@ -49,14 +48,14 @@ examples = """examples:
     ./tcpv4connect -t        # include timestamps
     ./tcpv4connect -p 181    # only trace PID 181
     ./tcpv4connect -P 80,443 # only trace ports 80 and 443
-    ./tcpv4connect -r        # show results, and how long they took
+    ./tcpv4connect -r        # show whether they succeed, and after how long
     ./tcpv4connect --json    # one JSON object per line
 """
 
 PROGRAM = "tcpv4connect"
 KERNEL = tuple(int(n) for n in re.findall("[0-9]+", os.uname().release)[:2])
 KERNEL_TYPES = ["tcp_sock", "net", "socket"]
-MAX_ATTEMPTS = 1 << 17          # under way at once, with -r: 17 MB of kernel memory
+MAX_ATTEMPTS = 1 << 17          # connects under way at once, with -r: 17 MB of kernel memory
 RING_PAGES = (4 << 20) // mmap.PAGESIZE if KERNEL >= (5, 8) else 0      # 4 MiB: a second of the fastest load measured
 PERF_PAGES = (1 << 20) // mmap.PAGESIZE         # per CPU, where there is no ring buffer
 HARMLESS = b"_second"           # programs of such names lose nothing when they are skipped
@@ -85,20 +84,13 @@ struct event {                  /* as RECORD below */
     u32 uid, netns;
     u32 saddr, daddr;
     u16 dport, lport;
-#if RESULTS
     u64 decided;                /* 0: not yet */
-    int result;                 /* 0: connected, an errno, or one of these */
-#define FAILED (-2)
-#define QUIT (-1)
-    u32 pad;
-#endif
+    s64 result;                 /* 0: connected, an errno, -1: given up, -2: connect() has failed at once */
 };
 
 enum { LOST_EVENT, LOST_ATTEMPT, LOST_RESULT, RESCUED, COUNTERS };      /* as LOSSES above */
 
-#if RESULTS
-BPF_HASH(attempts, struct sock *, struct event, MAX_ATTEMPTS);
-#endif
+BPF_HASH(attempts, struct sock *, struct event, MAX_ATTEMPTS);          /* that are not decided yet, with RESULTS */
 BPF_ARRAY(lost, u64, COUNTERS);
 #if RING_PAGES
 BPF_RINGBUF_OUTPUT(events, RING_PAGES);
@@ -115,11 +107,11 @@ static inline void count_lost(int what)
 }
 
 /*
- * The kernel skips a program that is already running on this CPU (since 6.1): it would miss the events of a softirq on
- * top of it and, since 7.0, where it can be preempted, those of a process that takes the CPU meanwhile. So a tracepoint
- * has a second program, which handles what the first was skipped for. What the first has handled is marked until then.
+ * The kernel skips a program that is already running on this CPU: for a process that preempts it (since 7.0) and for a
+ * softirq on top of it, which matters to RESULTS only. So there is a second program then, which handles what the first
+ * was skipped for. What the first has handled is marked until then.
  */
-#if PREEMPTIBLE
+#if TWO_PROGRAMS
 BPF_TABLE("lru_hash", u64, u8, marks, 1 << 14);         /* not per CPU: a preempted process may move to another one */
 
 static inline bool is_mine(void *ctx, u64 event, bool first)
@@ -132,32 +124,6 @@ static inline bool is_mine(void *ctx, u64 event, bool first)
         return false;
     else
         count_lost(RESCUED);
-    return true;
-}
-#elif RESULTS
-struct marks {
-    u64 event[2048];
-};
-BPF_PERCPU_ARRAY(marks, struct marks, 1);
-
-static inline bool is_mine(void *ctx, u64 event, bool first)
-{
-    int zero = 0;
-    struct marks *m = marks.lookup(&zero);
-    u64 *mark;
-
-    if (!m)
-        return false;           /* never */
-    /* A place by event and depth of the stack, where ctx is: the softirq is deeper than the process, or has its own. */
-    mark = &m->event[((u64)(ctx - (void *)m) ^ event) * 0x9e3779b97f4a7c15 >> 53];
-    if (first) {
-        *mark = event;
-    } else if (*mark == event) {
-        *mark = 0;
-        return false;
-    } else {
-        count_lost(RESCUED);
-    }
     return true;
 }
 #else
@@ -198,26 +164,24 @@ static inline void output(void *ctx, struct event *e)
         count_lost(LOST_EVENT);
 }
 
-#if RESULTS
 static inline void decide(void *ctx, struct sock *sk, int newstate)
 {
     struct event *attempt = attempts.lookup(&sk), e;
 
-    if (!attempt)
+    if (!attempt || newstate == TCP_SYN_RECV)       /* both ends have called connect() */
         return;
     e = *attempt;
     attempts.delete(&sk);
+    if (newstate == TCP_SYN_SENT)       /* a new socket: the older one at this address has missed its result */
+        return count_lost(LOST_RESULT);
     e.decided = bpf_ktime_get_ns();
     e.lport = ntohs(READ((struct inet_sock *)sk, inet_sport));
+    /* No error: by close() or shutdown(); or connect() itself fails, before it makes the socket SS_CONNECTING. */
     if (newstate != TCP_ESTABLISHED)
-        e.result = READ(sk, sk_err);
-    /* Without an error: close() or shutdown(); or connect() itself fails, before the socket becomes SS_CONNECTING. */
-    if (newstate != TCP_ESTABLISHED && !e.result)
-        e.result = READ(READ(sk, sk_socket), state) == SS_UNCONNECTED ? FAILED : QUIT;
+        e.result = READ(sk, sk_err) ?: READ(READ(sk, sk_socket), state) == SS_UNCONNECTED ? -2 : -1;
     if (e.result || !ONLY_FAILED)
         output(ctx, &e);
 }
-#endif
 
 static inline void state_change(void *ctx, struct sock *sk, int oldstate, int newstate)
 {
@@ -225,12 +189,8 @@ static inline void state_change(void *ctx, struct sock *sk, int oldstate, int ne
     struct sock_common c;
     u32 *daddr6 = c.skc_v6_daddr.in6_u.u6_addr32;
 
-#if RESULTS
-    if ((oldstate == TCP_SYN_SENT || oldstate == TCP_SYN_RECV) && newstate != TCP_SYN_RECV)
-        decide(ctx, sk, newstate);      /* SYN_RECV: both ends have called connect() */
-    if (newstate == TCP_SYN_SENT && attempts.lookup(&sk) && !attempts.delete(&sk))
-        count_lost(LOST_RESULT);        /* of an older socket at this address */
-#endif
+    if (RESULTS && (newstate == TCP_SYN_SENT || oldstate == TCP_SYN_SENT || oldstate == TCP_SYN_RECV))
+        decide(ctx, sk, newstate);
     if (newstate != TCP_SYN_SENT || protocol_of(sk) != IPPROTO_TCP)
         return;
     /* tcp_v4_connect() has put the addresses into the socket; the source port comes later. */
@@ -247,12 +207,10 @@ static inline void state_change(void *ctx, struct sock *sk, int oldstate, int ne
     e.ts = bpf_ktime_get_ns();
     e.saddr = c.skc_rcv_saddr;
     e.daddr = c.skc_daddr;
-#if RESULTS
-    if (attempts.update(&sk, &e))
+    if (!RESULTS)
+        output(ctx, &e);
+    else if (attempts.update(&sk, &e))
         count_lost(LOST_ATTEMPT);
-#else
-    output(ctx, &e);
-#endif
 }
 
 static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
@@ -274,14 +232,12 @@ int kprobe_set_state(struct pt_regs *ctx, struct sock *sk, int newstate)
 """
 
 # struct event, behind the ring buffer's own header of a record (length and flags, page offset)
-RECORD = struct.Struct("=8xQ20sII4s4sHH")
-RESULT_RECORD = struct.Struct(RECORD.format + "Qi4x")           # with RESULTS
-RESULTS = "ok", "failed", "quit"            # 0, FAILED, QUIT
+RECORD = struct.Struct("=8xQ20sII4s4sHHQq")
+RESULTS = "ok", "failed", "quit"        # 0, -2, -1
 ipv4 = functools.lru_cache(maxsize=1024)(socket.inet_ntoa)
-TEXT = "%-6s %-12.12s %-16s %-16s %s\n"
-RESULT_TEXT = TEXT[:-3] + "%-5s %-5s %-9s %s\n"
-JSON = '{"ts":%.6f,%s,"uid":%d,"netns":%d,"ip":4,"saddr":"%s","daddr":"%s","dport":%d}\n'
-RESULT_JSON = JSON[:-2] + ',"lport":%s,"ms":%.6f,"result":"%s","err":%s}\n'
+TEXT = "%-6s %-12.12s %-16s %-16s %s\n", "%-6s %-12.12s %-16s %-16s %-5s %-5s %-9s %s\n"     # without and with -r
+JSON = '{"ts":%.6f,%s,"uid":%d,"ip":4,"saddr":"%s","daddr":"%s","dport":%d,"netns":%d'
+JSON_END = "}\n", ',"lport":%s,"ms":%.6f,"result":"%s","err":%s}\n'
 
 
 def number(low, high, kind=int):
@@ -336,9 +292,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.failed and not args.result:
         parser.error("--failed needs -r")
-    args.record, args.json_form = (RESULT_RECORD, RESULT_JSON) if args.result else (RECORD, JSON)
-    args.form = args.time * "%-8s " + args.timestamp * "%-8s " + args.print_uid * "%-5s " + (
-        RESULT_TEXT if args.result else TEXT)
+    args.two_programs = args.result or KERNEL >= (7, 0)
+    args.form = args.time * "%-8s " + args.timestamp * "%-8s " + args.print_uid * "%-5s " + TEXT[args.result]
     return args
 
 
@@ -355,11 +310,10 @@ def cflags(args):
     """Returns the arguments as macros for the C text. Only numbers get there."""
     macros = {
         **pid_namespace(),
-        "PREEMPTIBLE": int(KERNEL >= (7, 0)),
+        "TWO_PROGRAMS": int(args.two_programs),
         "RING_PAGES": RING_PAGES,
-        "RESULTS": int(args.result),
-        "ONLY_FAILED": int(args.failed),
-        "MAX_ATTEMPTS": MAX_ATTEMPTS,
+        "RESULTS": int(args.result), "ONLY_FAILED": int(args.failed),
+        "MAX_ATTEMPTS": MAX_ATTEMPTS if args.result else 1,
         "FILTER_PID": args.pid or 0,
         "IS_WANTED_UID(uid)": "true" if args.uid is None else "uid == %du" % args.uid,
         "FILTER_NETNS": args.netns or 0,
@@ -370,15 +324,15 @@ def cflags(args):
 
 def attach(bcc, args):
     """Returns the BPF object, compiled, loaded and attached."""
-    bpf, is_twice = bcc.BPF(text=bpf_text, cflags=cflags(args)), args.result or KERNEL >= (7, 0)
+    bpf = bcc.BPF(text=bpf_text, cflags=cflags(args))
     if args.probes == "kprobe" or KERNEL < (4, 17):
         bpf.attach_kprobe(event="tcp_set_state", fn_name="kprobe_set_state")
     else:
-        for fn_name in ["tracepoint_set_state_first"] + ["tracepoint_set_state_second"] * is_twice:
+        for fn_name in ["tracepoint_set_state_first"] + ["tracepoint_set_state_second"] * args.two_programs:
             bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name=fn_name)
             bpf.raw_tracepoint_fds.clear()      # bcc refuses a second program on a raw tracepoint that it knows of
-    if not is_twice:
-        bpf.funcs.clear()       # for losses(): what is skipped is in softirq, where nobody calls connect()
+    if not args.two_programs:
+        bpf.funcs.clear()       # losses() has nothing to count: skipped are state changes in softirq, and no connect
     return bpf
 
 
@@ -469,18 +423,18 @@ def header(args):
 
 def line(args, record, start, wall):
     """Returns one line. start: when tracing started, wall: offset of the kernel's clock from Unix time, both in ns."""
-    ts, owner, uid, netns, saddr, daddr, dport, lport, *attempt = record
+    ts, owner, uid, netns, saddr, daddr, dport, lport, decided, code = record
     pid, comm, members = owner_text(owner)
-    where = ipv4(saddr), ipv4(daddr), dport
+    saddr, daddr, outcome = ipv4(saddr), ipv4(daddr), ()
     if args.result:
-        decided, code = attempt
         ms = ((decided or time.monotonic_ns()) - ts) / 1e6
         err = errno.errorcode.get(code, str(code)) if code > 0 else None
         result = (err or RESULTS[code]) if decided else "pending"
-        where += (lport or "null", ms, result, json.dumps(err)) if args.json else (lport or "N/A", "%.2f" % ms, result)
+        outcome = (lport or "null", ms, result, json.dumps(err)) if args.json else (lport or "N/A", "%.2f" % ms, result)
     if args.json:
-        return args.json_form % ((ts + wall) / 1e9, members, uid, netns, *where)
-    row = (pid, comm, *where)
+        fields = (ts + wall) / 1e9, members, uid, saddr, daddr, dport, netns, *outcome
+        return (JSON + JSON_END[args.result]) % fields
+    row = (pid, comm, saddr, daddr, dport, *outcome)
     if args.print_uid:
         row = (uid, *row)
     if args.timestamp:
@@ -512,18 +466,18 @@ def report(lost, reported, form="%s: %d %s"):
 
 def trace(args, bpf):
     """Prints connects until a signal comes, the time is over or the reader of the output has gone."""
-    read, reader, start, reported, stop = open_events(bpf, args.record), select.poll(), time.monotonic_ns(), {}, False
+    read, reader, start, reported, stop = open_events(bpf, RECORD), select.poll(), time.monotonic_ns(), {}, False
     reader.register(1, 0)
     signal.setitimer(signal.ITIMER_REAL, args.duration or 0)
     write(header(args))
     while not stop:
         time.sleep(0.1)         # the time that a line may be late
         stop = signal.sigpending() & STOP_SIGNALS or reader.poll(0)
-        pending = bpf["attempts"].values() if stop and args.result else []
-        records = list(args.record.iter_unpack(read()))         # also what has been decided since
-        decided = {record[:7] for record in records}
-        records += sorted(record for record in {args.record.unpack(bytes(8) + bytes(event)) for event in pending}
-                          if record[:7] not in decided)
+        under_way = [bytes(8) + bytes(event) for event in bpf["attempts"].values()] if stop and args.result else []
+        records = list(RECORD.iter_unpack(read()))
+        if under_way:           # but for those that have been decided since
+            decided = {record[:7] for record in records}
+            records += sorted(record for record in map(RECORD.unpack, set(under_way)) if record[:7] not in decided)
         wall = time.time_ns() - time.monotonic_ns()     # each time anew: the clock may have been set
         stop = write("".join([line(args, record, start, wall) for record in records])) or stop
         reported = report(losses(bpf), reported)
