@@ -236,8 +236,7 @@ RECORD = struct.Struct("=8xQ20sII4s4sHHQq")
 RESULTS = "ok", "failed", "quit"        # 0, -2, -1
 ipv4 = functools.lru_cache(maxsize=1024)(socket.inet_ntoa)
 TEXT = "%-6s %-12.12s %-16s %-16s %s\n", "%-6s %-12.12s %-16s %-16s %-5s %-5s %-9s %s\n"     # without and with -r
-JSON = '{"ts":%.6f,%s,"uid":%d,"ip":4,"saddr":"%s","daddr":"%s","dport":%d,"netns":%d'
-JSON_END = "}\n", ',"lport":%s,"ms":%.6f,"result":"%s","err":%s}\n'
+JSON = '{"ts":%.6f,%s,"uid":%d,"ip":4,"saddr":"%s","daddr":"%s","dport":%d,"netns":%d%s}\n'
 
 
 def number(low, high, kind=int):
@@ -425,15 +424,15 @@ def line(args, record, start, wall):
     """Returns one line. start: when tracing started, wall: offset of the kernel's clock from Unix time, both in ns."""
     ts, owner, uid, netns, saddr, daddr, dport, lport, decided, code = record
     pid, comm, members = owner_text(owner)
-    saddr, daddr, outcome = ipv4(saddr), ipv4(daddr), ()
+    saddr, daddr, outcome = ipv4(saddr), ipv4(daddr), ""
     if args.result:
         ms = ((decided or time.monotonic_ns()) - ts) / 1e6
         err = errno.errorcode.get(code, str(code)) if code > 0 else None
         result = (err or RESULTS[code]) if decided else "pending"
-        outcome = (lport or "null", ms, result, json.dumps(err)) if args.json else (lport or "N/A", "%.2f" % ms, result)
+        outcome = (',"lport":%s,"ms":%.6f,"result":"%s","err":%s' % (lport or "null", ms, result, json.dumps(err))
+                   if args.json else (lport or "N/A", "%.2f" % ms, result))
     if args.json:
-        fields = (ts + wall) / 1e9, members, uid, saddr, daddr, dport, netns, *outcome
-        return (JSON + JSON_END[args.result]) % fields
+        return JSON % ((ts + wall) / 1e9, members, uid, saddr, daddr, dport, netns, outcome)
     row = (pid, comm, saddr, daddr, dport, *outcome)
     if args.print_uid:
         row = (uid, *row)
@@ -474,12 +473,12 @@ def trace(args, bpf):
         time.sleep(0.1)         # the time that a line may be late
         stop = signal.sigpending() & STOP_SIGNALS or reader.poll(0)
         under_way = [bytes(8) + bytes(event) for event in bpf["attempts"].values()] if stop and args.result else []
-        records = list(RECORD.iter_unpack(read()))
+        records = read()
         if under_way:           # but for those that have been decided since
-            decided = {record[:7] for record in records}
-            records += sorted(record for record in map(RECORD.unpack, set(under_way)) if record[:7] not in decided)
+            decided = {record[:7] for record in RECORD.iter_unpack(records)}
+            records += b"".join(event for event in set(under_way) if RECORD.unpack(event)[:7] not in decided)
         wall = time.time_ns() - time.monotonic_ns()     # each time anew: the clock may have been set
-        stop = write("".join([line(args, record, start, wall) for record in records])) or stop
+        stop = write("".join([line(args, record, start, wall) for record in RECORD.iter_unpack(records)])) or stop
         reported = report(losses(bpf), reported)
     report(losses(bpf), {}, "%s: in all %d %s")
 
