@@ -172,8 +172,8 @@ static inline void decide(void *ctx, struct sock *sk, int newstate)
         return;
     e = *attempt;
     attempts.delete(&sk);
-    if (newstate == TCP_SYN_SENT)       /* a new socket: the older one at this address has missed its result */
-        return count_lost(LOST_RESULT);
+    if (newstate == TCP_SYN_SENT || e.dport != ntohs(READ(sk, __sk_common.skc_dport)))
+        return count_lost(LOST_RESULT);         /* of an older socket at this address */
     e.decided = bpf_ktime_get_ns();
     e.lport = ntohs(READ((struct inet_sock *)sk, inet_sport));
     /* No error: by close() or shutdown(); or connect() itself fails, before it makes the socket SS_CONNECTING. */
