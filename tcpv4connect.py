@@ -473,12 +473,12 @@ def trace(args, bpf):
         time.sleep(0.1)         # the time that a line may be late
         stop = signal.sigpending() & STOP_SIGNALS or reader.poll(0)
         under_way = [bytes(8) + bytes(event) for event in bpf["attempts"].values()] if stop and args.result else []
-        records = read()
+        records = RECORD.iter_unpack(read())
         if under_way:           # but for those that have been decided since
-            decided = {record[:7] for record in RECORD.iter_unpack(records)}
-            records += b"".join(event for event in set(under_way) if RECORD.unpack(event)[:7] not in decided)
+            records = list(records)
+            records += sorted(set(map(RECORD.unpack, under_way)) - {(*record[:7], 0, 0, 0) for record in records})
         wall = time.time_ns() - time.monotonic_ns()     # each time anew: the clock may have been set
-        stop = write("".join([line(args, record, start, wall) for record in RECORD.iter_unpack(records)])) or stop
+        stop = write("".join([line(args, record, start, wall) for record in records])) or stop
         reported = report(losses(bpf), reported)
     report(losses(bpf), {}, "%s: in all %d %s")
 

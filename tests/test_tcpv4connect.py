@@ -93,9 +93,9 @@ class Truth(unittest.TestCase):
 
     def test_one_process_one_port_one_user(self):
         uid = 54321             # nobody's
-        by_pid, by_port, by_uid = (live.Tracer("tcpv4connect", *options) for options in (
-            ["-p", os.getpid()], ["-P", "7,9"], ["-U", "-u", uid]))
-        with live.tracing(by_pid, by_port, by_uid):
+        by_pid, by_port, by_uid, results = (live.Tracer("tcpv4connect", *options) for options in (
+            ["-p", os.getpid()], ["-P", "7,9"], ["-U", "-u", uid], ["-rU", "-u", uid]))
+        with live.tracing(by_pid, by_port, by_uid, results):
             workload.work(scenarios=["client_close"])
             self.assertEqual(self.attempt(("127.0.0.1", 9)), errno.ECONNREFUSED)
 
@@ -106,6 +106,8 @@ class Truth(unittest.TestCase):
         self.assertEqual([line.split()[-1] for line in by_pid.lines[1:]], ["9"])
         self.assertEqual([line.split()[-1] for line in by_port.lines[1:]], ["9"])
         self.assertEqual([(line.split()[0], line.split()[-1]) for line in by_uid.lines[1:]], [(str(uid), "11")])
+        self.assertEqual([(line.split()[0], line.split()[-1]) for line in results.lines[1:]],
+                         [(str(uid), "ECONNREFUSED")])
 
 
 def connect(address, family=socket.AF_INET, user_timeout=0, give_up=None):
@@ -179,7 +181,7 @@ class Results(unittest.TestCase):
                 known = sorted(future.result() for future in [side_by_side.submit(*one) for one in attempts])
         self.assertEqual(sorted(what for _, what, _ in known), sorted(
             ["ok"] * 3 + ["ECONNREFUSED"] * 2 + ["EHOSTUNREACH"] * 2 + ["quit"] * 2 + ["ETIMEDOUT"]))
-        self.assertGreater(dict((where, ms) for where, _, ms in known)["127.0.0.3", 50], 900)
+        self.assertGreater({where: ms for where, _, ms in known}["127.0.0.3", 50], 900)
         for tracer in every, preempted, perf:
             printed = sorted(((line["daddr"], line["dport"]), line["result"], line["ms"]) for line in tracer.objects)
             self.assertEqual([one[:2] for one in printed], [one[:2] for one in known])
@@ -239,14 +241,15 @@ class Results(unittest.TestCase):
         self.assertRegex(few.stderr, "in all 3 connects lost: the map of attempts was full\n$")
 
     def test_load(self):
-        """Each connect is printed once, and no attempt is left in the map."""
+        """Each connect is printed once or told lost, and no attempt is left in the map."""
         churn = live.Churn(self.namespaces.client)
-        tracers = [self.tracer("--json", check=False, pretend=pretend) for pretend in (None, SEVEN, {"RING_PAGES": 0})]
+        tracers = [self.tracer("--json", check=False, pretend=pretend)
+                   for pretend in (None, SEVEN, {"RING_PAGES": 0}, {"RING_PAGES": 4})]
         with live.tracing(*tracers):
             churn.run(10000, 2)
             time.sleep(0.2)
             left = [live.entries(tracer, "attempts") for tracer in tracers]
-        self.assertEqual(left, [0, 0, 0])
+        self.assertEqual(left, [0, 0, 0, 0])
         for tracer in tracers:
             lines = tracer.objects
             self.assertEqual(len(lines) + live.told(tracer), 20000, tracer.stderr)
