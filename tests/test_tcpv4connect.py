@@ -15,7 +15,7 @@ from test_deeptcptracer import TCP_USER_TIMEOUT, deaf
 from test_right import network
 
 SO_DETACH_FILTER = 27
-MS = 5 * live.SLOW      # what two clocks in two processes may differ by
+MS = 5 * live.SLOW      # how long this process may take to hear of a result
 SEVEN = {"KERNEL": (7, 0)}
 
 
@@ -186,7 +186,7 @@ class Results(unittest.TestCase):
             printed = sorted(((line["daddr"], line["dport"]), line["result"], line["ms"]) for line in tracer.objects)
             self.assertEqual([one[:2] for one in printed], [one[:2] for one in known])
             for (*_, ms), (where, _, measured) in zip(printed, known):
-                self.assertLess(abs(measured - ms), MS, where)
+                self.assertTrue(0 <= ms - measured < MS, (where, ms, measured))
             for line in tracer.objects:
                 self.assertEqual(line["err"], line["result"] if line["result"].isupper() else None)
                 self.assertGreater(line["lport"], 0)
