@@ -9,7 +9,6 @@ import time
 import unittest
 
 import live
-import tcpv4connect
 import workload
 from test_deeptcptracer import TCP_USER_TIMEOUT, deaf
 from test_right import network
@@ -186,7 +185,7 @@ class Results(unittest.TestCase):
             printed = sorted(((line["daddr"], line["dport"]), line["result"], line["ms"]) for line in tracer.objects)
             self.assertEqual([one[:2] for one in printed], [one[:2] for one in known])
             for (*_, ms), (where, _, measured) in zip(printed, known):
-                self.assertTrue(0 <= ms - measured < MS, (where, ms, measured))
+                self.assertTrue(-0.2 < ms - measured < MS, (where, ms, measured))       # two clocks of the kernel
             for line in tracer.objects:
                 self.assertEqual(line["err"], line["result"] if line["result"].isupper() else None)
                 self.assertGreater(line["lport"], 0)
@@ -258,9 +257,9 @@ class Results(unittest.TestCase):
 
     def test_results_that_are_not_seen(self):
         """A program that sees no result: where a socket's memory is used again, this is told."""
-        text = tcpv4connect.bpf_text.replace("|| oldstate == TCP_SYN_SENT", "")
+        blind = 'tcpv4connect.bpf_text = tcpv4connect.bpf_text.replace("|| oldstate == TCP_SYN_SENT", "")'
         with self.listeners("127.0.0.1") as (listener,), \
-                self.tracer("--json", check=False, pretend={"bpf_text": text}) as tracer:
+                self.tracer("--json", check=False, before=blind) as tracer:
             for _ in range(200):
                 with socket.create_connection(listener.getsockname()):
                     listener.accept()[0].close()
