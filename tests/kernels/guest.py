@@ -3,9 +3,9 @@
 
 usage: guest.py [MODE ...]
 
-This is what tests/kernels.sh runs on each kernel; it runs on any machine that can trace. A mode is a way to start the
-tools: see MODES. Prints a row for each, and what was wrong on the lines before it; exit status 1 if anything was.
-Without any it tries all but lockdown, which lasts until the machine boots again.
+This is what kernels.sh runs on each kernel; it runs on any machine that can trace. A mode is a way to start the tools:
+see MODES. Prints a row for each, and what was wrong on the lines before it; exit status 1 if anything was. Without any
+it tries all but lockdown, which lasts until the machine boots again.
 """
 import argparse
 import collections
