@@ -54,7 +54,7 @@ examples = """examples:
 
 PROGRAM = "tcpv4connect"
 KERNEL = tuple(int(n) for n in re.findall("[0-9]+", os.uname().release)[:2])
-KERNEL_TYPES = ["tcp_sock", "net", "socket"]
+KERNEL_TYPES = ["tcp_sock", "net"]
 MAX_ATTEMPTS = 1 << 17          # connects under way at once, with -r: 17 MB of kernel memory
 RING_PAGES = (4 << 20) // mmap.PAGESIZE if KERNEL >= (5, 8) else 0      # 4 MiB: a second of the fastest load measured
 PERF_PAGES = (1 << 20) // mmap.PAGESIZE         # per CPU, where there is no ring buffer
@@ -176,9 +176,9 @@ static inline void decide(void *ctx, struct sock *sk, int newstate)
         return count_lost(LOST_RESULT);         /* of an older socket at this address */
     e.decided = bpf_ktime_get_ns();
     e.lport = ntohs(READ((struct inet_sock *)sk, inet_sport));
-    /* No error: by close() or shutdown(); or connect() itself fails, before it makes the socket SS_CONNECTING. */
+    /* No error: by close() or shutdown(); or connect() itself failed, for want of a port for example. */
     if (newstate != TCP_ESTABLISHED)
-        e.result = READ(sk, sk_err) ?: READ(READ(sk, sk_socket), state) == SS_UNCONNECTED ? -2 : -1;
+        e.result = READ(sk, sk_err) ?: READ((struct tcp_sock *)sk, segs_out) ? -1 : -2;
     if (e.result || !ONLY_FAILED)
         output(ctx, &e);
 }

@@ -28,7 +28,8 @@ def read(lines):
         if len(values) < 10 or not re.fullmatch(r"[\d.]+", values[0]):
             continue
         tool = tool if line.startswith(" ") else name
-        tools.setdefault(tool, {})["ours" if name == tool else name.split()[0]] = 100 * float(values[0]), float(values[6])
+        tools.setdefault(tool, {})["ours" if name == tool else name.split()[0]] = (
+            100 * float(values[0]), float(values[6]))
     return {name: tools[tool] for tool, name in ROWS.items() if tool in tools}
 
 
