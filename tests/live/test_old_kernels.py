@@ -4,8 +4,8 @@ import unittest
 import live
 import workload
 
-TOOLS = ["tcplife"], ["tcpaccept"], ["tcpv4connect"], ["deeptcptracer", "-e", "tcp_set_state,tcp_reset"], \
-    ["deeptcptracer", "-K", "-e", "tcp_reset,sock_def_error_report"]
+TOOLS = ["tcplife"], ["tcpaccept"], ["tcpv4connect"], ["tcpv4connect", "-r"], \
+    ["deeptcptracer", "-e", "tcp_set_state,tcp_reset"], ["deeptcptracer", "-K", "-e", "tcp_reset,sock_def_error_report"]
 
 
 @unittest.skipUnless(live.MAY_TRACE, live.WHY_NOT)

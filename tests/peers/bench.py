@@ -39,6 +39,7 @@ TOOLS = {
     "tcplife --owner close": (["tcplife", "--owner", "close"], 2, {}),
     "tcpaccept": (["tcpaccept"], 1, {"bpfcc-tools": ["/usr/sbin/tcpaccept-bpfcc"]}),
     "tcpv4connect": (["tcpv4connect"], 1, {"bpfcc-tools": ["/usr/sbin/tcpconnect-bpfcc", "-4"]}),
+    "tcpv4connect -r": (["tcpv4connect", "-r"], 1, {}),
     "tcpchurn": (["tcpchurn", str(os.getpid())], None, {}),
     "deeptcptracer": (["deeptcptracer"], None, {}),
     "deeptcptracer --json": (["deeptcptracer", "--json"], None, {}),
