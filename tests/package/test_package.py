@@ -214,6 +214,21 @@ class Package(unittest.TestCase):
         said = self.clean.run("journalctl", "-u", UNIT, "-o", "cat", "--no-pager")
         self.assertNotRegex(said, "(?m)Traceback|^tcplife: ")
 
+        with self.subTest("messages are in the journal"):
+            options = default.read_text()
+            default.write_text("OPTIONS=--nosuch\n")
+            self.systemctl("restart", UNIT)
+            for _ in range(50):
+                if self.systemctl("is-active", UNIT, check=False) == "failed":      # and is not tried again
+                    break
+                time.sleep(0.2)
+            self.assertEqual(self.systemctl("show", "-P", "ExecMainStatus", UNIT), "2")
+            self.assertIn("\ntcplife: error: unrecognized arguments: --nosuch\n",
+                          self.clean.run("journalctl", "-u", UNIT, "-o", "cat", "--no-pager"))
+            default.write_text(options)
+            self.systemctl("restart", UNIT)
+            self.until_traced()
+
     def test_4_completion(self):
         """In a real bash, whose PATH does not have the tools: as where sudo is typed before."""
         (self.clean.root / "run/netns").mkdir(exist_ok=True)
