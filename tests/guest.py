@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 
+import deeptcptracer
 import live
 import test_deeptcptracer
 import test_tcpaccept
@@ -99,8 +100,9 @@ def differences(options, kprobes, log, life, expected, tracers):
     missing["tcpchurn"] = [text] * max((life.ALL - total).values(), default=0)
     wrong["tcpchurn"] = [text] if total - life.ALL else []
     wrong["deeptcptracer"], met = test_deeptcptracer.strangers(log, events)
-    missing["deeptcptracer"] = [text for scenario, endpoints in expected
-                                for text in test_deeptcptracer.difference(scenario, endpoints, events, not kprobes)]
+    is_new = deeptcptracer.KERNEL >= (6, 10)
+    missing["deeptcptracer"] = [text for scenario, endpoints in expected for text in test_deeptcptracer.difference(
+        scenario, endpoints, events, not kprobes, kprobes or is_new, is_new)]
     if len(met) < len([record for record in log if record["laddr"]]) - 8:       # those that nobody accepts
         wrong["deeptcptracer"].append("only %d sockets have an owner" % len(met))
     stacks = {" ".join((line["stack"] or ["none"])[:3]) for line in events
@@ -114,7 +116,7 @@ def trace(options, pretend):
     """Run all on one workload; what was wrong, as texts, and what was looked at."""
     scenarios = [*workload.SCENARIOS] + ["io_uring"] * has_io_uring()
     life = test_tcpchurn.Life()
-    more = {"tcpchurn": [life.pid], "deeptcptracer": ["-K"]}
+    more = {"tcpchurn": [life.pid], "deeptcptracer": ["-K", "-m"]}
     tracers = [live.Tracer(tool, "--json", *more.get(tool, []), check=False, pretend=pretend) for tool in TOOLS]
     sessions, accepts, connects, churn, events = tracers
     for tracer in tracers:
