@@ -7,6 +7,7 @@ import os
 import select
 import socket
 import struct
+import subprocess
 import time
 import unittest
 
@@ -43,6 +44,15 @@ def pair(family=socket.AF_INET):
         server = listener.accept()[0]
     with client, server:
         yield client, server
+
+
+def inside(namespace, function, *args):
+    """What the function returns, called in this network namespace."""
+    def call():
+        workload.enter(namespace)
+        return function(*args)
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(call).result()
 
 
 def reset(sock, peer):
@@ -491,6 +501,25 @@ class Events(unittest.TestCase):
         for one, count in filters.items():
             seen = [line["reason"] for line in tracers[one].objects if (line["daddr"], line["dport"]) == here]
             self.assertEqual(seen, ["NO_SOCKET"] * count, one)
+
+    @live.by_timer
+    def test_attempts_that_send_nothing(self):
+        """They are no retransmissions: here the route is gone."""
+        with live.Namespaces() as namespaces, self.tracing("-R", "-N", namespaces.client):
+            host = namespaces.hosts[0]
+            with inside(namespaces.server, socket.create_server, (host, 0)) as listener, \
+                    inside(namespaces.client, socket.create_connection, listener.getsockname()) as client, \
+                    listener.accept()[0] as server:
+                deaf(server)
+                there = name(client)
+                client.send(b"x")
+                time.sleep(0.8)
+                sent = retransmitted(client)
+                subprocess.run(["ip", "-n", namespaces.client, "route", "add", "unreachable", host], check=True)
+                time.sleep(3)
+                self.assertEqual(retransmitted(client), sent)
+        self.assertEqual(len(self.seen(*there)), sent)
+        self.assertGreater(sent, 1)
 
     def test_times_only_where_they_are_known(self):
         """Not of a state that began before the start, and none without -m."""
