@@ -51,6 +51,7 @@ examples = """examples:
     ./deeptcptracer.py                  # trace all TCP events
     ./deeptcptracer.py -p 42            # only trace PID 42
     ./deeptcptracer.py -t               # include timestamps
+    ./deeptcptracer.py -m               # include how long states lasted
     ./deeptcptracer.py -K               # include kernel stacks
     ./deeptcptracer.py -d 10.0.0.0/8    # only trace this remote network
     ./deeptcptracer.py -D 80,443        # only trace these remote ports
@@ -270,7 +271,7 @@ static inline void remember_owner(struct sock *sk)
         count_lost(LOST_OWNER);
 }
 
-static inline struct net *sock_ends(struct sock *sk, bool is_new, struct endpoint *local, struct endpoint *peer)
+static inline u32 sock_ends(struct sock *sk, bool is_new, struct endpoint *local, struct endpoint *peer)
 {
     struct sock_common c;
 
@@ -285,7 +286,7 @@ static inline struct net *sock_ends(struct sock *sk, bool is_new, struct endpoin
         __builtin_memcpy(local->address, &c.skc_v6_rcv_saddr, sizeof(local->address));
         __builtin_memcpy(peer->address, &c.skc_v6_daddr, sizeof(peer->address));
     }
-    return c.skc_net.net;
+    return READ(c.skc_net.net, ns.inum);
 }
 
 static inline struct tcphdr tcphdr_of(struct sk_buff *skb)
@@ -297,7 +298,7 @@ static inline struct tcphdr tcphdr_of(struct sk_buff *skb)
 }
 
 /* The ends of a segment received. sk: as in rst_sent() */
-static inline struct net *skb_ends(struct sk_buff *skb, struct sock *sk, struct endpoint *local, struct endpoint *peer)
+static inline u32 skb_ends(struct sk_buff *skb, struct sock *sk, struct endpoint *local, struct endpoint *peer)
 {
     void *ip = READ(skb, head) + READ(skb, network_header);
     struct tcphdr th = tcphdr_of(skb);
@@ -311,7 +312,7 @@ static inline struct net *skb_ends(struct sk_buff *skb, struct sock *sk, struct 
         *(struct in6_addr *)local->address = READ((struct ipv6hdr *)ip, daddr);
         *(struct in6_addr *)peer->address = READ((struct ipv6hdr *)ip, saddr);
     }
-    return sk ? READ(sk, __sk_common.skc_net.net) : READ(READ(skb, dev), nd_net.net);
+    return READ(sk ? READ(sk, __sk_common.skc_net.net) : READ(READ(skb, dev), nd_net.net), ns.inum);
 }
 
 /* skb: as in rst_sent(), else NULL */
@@ -321,15 +322,13 @@ static inline void emit(void *ctx, struct sock *sk, struct sk_buff *skb, struct 
     struct endpoint source = {.address = {0, 0, htonl(0xffff), 0}}, destination = source;
     u64 ts = bpf_ktime_get_ns();
     struct event small, *e = &small;
-    struct net *net;
     int zero = 0;
     u32 netns;
     bool ipv4;
 
     if (FILTER_PID && (!o || o->pid != FILTER_PID))
         return;
-    net = skb ? skb_ends(skb, sk, &source, &destination) : sock_ends(sk, oldstate == TCP_CLOSE, &source, &destination);
-    netns = READ(net, ns.inum);
+    netns = skb ? skb_ends(skb, sk, &source, &destination) : sock_ends(sk, oldstate == TCP_CLOSE, &source, &destination);
     ipv4 = IS_IPV4(destination.address);
     if ((FILTER_NETNS && netns != FILTER_NETNS) || (FILTER_IP && ipv4 != (FILTER_IP == 4)) ||
         !IS_WANTED_SPORT(source.port) || !IS_WANTED_DPORT(destination.port) ||
