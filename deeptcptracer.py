@@ -271,7 +271,8 @@ static inline void remember_owner(struct sock *sk)
         count_lost(LOST_OWNER);
 }
 
-static inline u32 sock_ends(struct sock *sk, bool is_new, struct endpoint *local, struct endpoint *peer)
+/* Addresses and ports of a socket. Returns its network namespace. */
+static inline u32 sk_ends(struct sock *sk, bool is_new, struct endpoint *local, struct endpoint *peer)
 {
     struct sock_common c;
 
@@ -297,7 +298,7 @@ static inline struct tcphdr tcphdr_of(struct sk_buff *skb)
     return th;
 }
 
-/* The ends of a segment received. sk: as in rst_sent() */
+/* The same of a segment received. sk: as in rst_sent() */
 static inline u32 skb_ends(struct sk_buff *skb, struct sock *sk, struct endpoint *local, struct endpoint *peer)
 {
     void *ip = READ(skb, head) + READ(skb, network_header);
@@ -328,7 +329,7 @@ static inline void emit(void *ctx, struct sock *sk, struct sk_buff *skb, struct 
 
     if (FILTER_PID && (!o || o->pid != FILTER_PID))
         return;
-    netns = skb ? skb_ends(skb, sk, &source, &destination) : sock_ends(sk, oldstate == TCP_CLOSE, &source, &destination);
+    netns = skb ? skb_ends(skb, sk, &source, &destination) : sk_ends(sk, oldstate == TCP_CLOSE, &source, &destination);
     ipv4 = IS_IPV4(destination.address);
     if ((FILTER_NETNS && netns != FILTER_NETNS) || (FILTER_IP && ipv4 != (FILTER_IP == 4)) ||
         !IS_WANTED_SPORT(source.port) || !IS_WANTED_DPORT(destination.port) ||
