@@ -919,7 +919,7 @@ def what(packed):
     states = "%s -> %s" % (STATES[oldstate], STATES[state]) if event == 0 else STATES[state] or "N/A"
     members = '"oldstate":%s,"state":%s,"sk_err":%s,"ca_state":%s,"reason":%s' % tuple(
         json.dumps(value or None) for value in (STATES[oldstate], STATES[state], error, ca_state, reason))
-    return ("%-24s %s" % (states + ("/" + ca_state if ca_state else ""), error or reason)).rstrip(), members
+    return ("%-24s %s" % (states + ("/" + ca_state if ca_state else ""), error or reason)).rstrip() + "\n", members
 
 
 @functools.lru_cache(maxsize=1024)
@@ -942,7 +942,7 @@ def header(args):
 def line(args, record, wall):
     """Returns one line, with its stack. wall: offset of the kernel's clock from Unix time in ns."""
     ts, owner, source, destination, state, netns, size, in_state, stack = record
-    event, ms = state[4], in_state and int.from_bytes(in_state, sys.byteorder) / 1e6
+    ms = in_state and int.from_bytes(in_state, sys.byteorder) / 1e6
     (owner, json_owner), (source, saddr, sport), (destination, daddr, dport), (state, json_state) = (
         who(owner), endpoint(source), endpoint(destination), what(state))
     stack = stack_of(stack[:size]) if size > 0 else None
@@ -951,11 +951,11 @@ def line(args, record, wall):
         return JSON % ((ts + wall) / 1e9, json_owner, 6 if ":" in daddr else 4, saddr, sport, daddr, dport, json_state,
                        "%.6f" % ms if ms else "null", netns, stack)
     text = owner + source + destination + state
-    if args.ms and event == 0:
-        text = "%s%-49s %s" % (owner + source + destination, state, "%.2f" % ms if ms else "N/A")
+    if in_state and EVENTS[record[4][4]] == "tcp_set_state()":
+        text = "%s%-49s %s\n" % (owner + source + destination, state[:-1], "%.2f" % ms if ms else "N/A")
     if args.timestamp:
         text = "%s.%03d " % (clock((ts + wall) // 10 ** 9), (ts + wall) // 10 ** 6 % 1000) + text
-    return text + "\n" + "".join("    %s\n" % name for name in stack or []) + "\n" * bool(stack)
+    return text + "".join("    %s\n" % name for name in stack) + "\n" if stack else text
 
 
 def write(text):
