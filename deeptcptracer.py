@@ -489,12 +489,11 @@ int kprobe_set_state(struct pt_regs *ctx, struct sock *sk, int newstate)
     return 0;
 }
 
-int kprobe_rst_reply(struct pt_regs *ctx, struct sock *sk, struct sk_buff *skb, int reason)
-{
-    return rst_sent(ctx, sk, skb, reason);
-}
+/* Where the function has the reason as an argument, its place differs, even within 6.12. */
+#define UNKNOWN 255
 
-int kprobe_rst(struct pt_regs *ctx, struct sock *sk, int gfp, int reason) { return rst_sent(ctx, sk, NULL, reason); }
+int kprobe_rst(struct pt_regs *ctx, struct sock *sk) { return rst_sent(ctx, sk, NULL, UNKNOWN); }
+int kprobe_reply(struct pt_regs *ctx, struct sock *sk, struct sk_buff *skb) { return rst_sent(ctx, sk, skb, UNKNOWN); }
 int kprobe_segment(struct pt_regs *ctx, struct sock *sk, struct sk_buff *skb) { return segment_received(ctx, sk, skb); }
 int kprobe_retransmit(struct pt_regs *ctx, struct sock *sk) { return retransmitted(ctx, sk); }
 int kprobe_reset(struct pt_regs *ctx, struct sock *sk) { return happened(ctx, sk, RESET, 0); }
@@ -748,8 +747,8 @@ def attach(bcc, args):
         probes.append(("tcp_reset", "tcp_receive_reset", "reset"))
     if "tcp_send_reset" in chosen:
         probes.append(("tcp_send_active_reset", "tcp_send_reset", "rst"))
-        probes += [("tcp_v4_send_reset", None, "rst_reply")] * args.kprobes
-        probes += [("tcp_v6_send_reset", None, "rst_reply")] * (args.kprobes and os.path.exists("/proc/net/tcp6"))
+        probes += [("tcp_v4_send_reset", None, "reply")] * args.kprobes
+        probes += [("tcp_v6_send_reset", None, "reply")] * (args.kprobes and os.path.exists("/proc/net/tcp6"))
     if "tcp_retransmit_skb" in chosen:
         probes.append(("tcp_retransmit_skb", "tcp_retransmit_skb", "retransmit"))
     if chosen & {"tcp_ack", "tcp_select_window"}:

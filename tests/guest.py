@@ -102,7 +102,7 @@ def differences(options, kprobes, log, life, expected, tracers):
     wrong["deeptcptracer"], met = test_deeptcptracer.strangers(log, events)
     is_new = deeptcptracer.KERNEL >= (6, 10)
     missing["deeptcptracer"] = [text for scenario, endpoints in expected for text in test_deeptcptracer.difference(
-        scenario, endpoints, events, not kprobes, kprobes or is_new, is_new)]
+        scenario, endpoints, events, not kprobes, kprobes or is_new, is_new and not kprobes)]
     if len(met) < len([record for record in log if record["laddr"]]) - 8:       # those that nobody accepts
         wrong["deeptcptracer"].append("only %d sockets have an owner" % len(met))
     stacks = {" ".join((line["stack"] or ["none"])[:3]) for line in events

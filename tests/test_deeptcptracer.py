@@ -353,7 +353,7 @@ def difference(scenario, expected, objects, has_loss_probes=True, has_bare_reset
 
     has_loss_probes: the retransmissions are all the kernel counts; the kprobe does not see tail loss probes.
     has_bare_resets: RSTs without a full socket are shown; the tracepoint does since Linux 6.10.
-    has_reasons: they have the kernel's reasons; since 6.10.
+    has_reasons: they have the kernel's reasons, as the tracepoint's do since 6.10.
     """
     wrong = []
     for endpoints, events in expected.items():
