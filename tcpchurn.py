@@ -569,6 +569,8 @@ def learn_existing(args, bpf):
         os.listdir("/proc/%d/fd" % args.pid)
     except PermissionError:
         print("%s: sockets from before the start not known: needs CAP_SYS_PTRACE" % PROGRAM, file=sys.stderr)
+    except OSError:             # it has ended meanwhile: trace() reports that
+        pass
     for inode in socket_inodes(args.pid):
         try:
             table[table.Key(inode)] = table.Leaf(1)

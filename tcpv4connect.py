@@ -3,11 +3,11 @@
 # tcpv4connect  Trace TCP IPv4 connects.
 #               For Linux, uses bcc, eBPF.
 #
-# usage: tcpv4connect [-h] [-t] [-p PID] [-T] [-U] [-u UID] [-P PORT] [--json] [--netns NETNS]
+# usage: tcpv4connect [-h] [-t] [-p PID] [-T] [-U] [-u UID] [-P PORT] [-r] [--failed] [--json] [--netns NETNS]
 #                     [--duration SECONDS] [--probes {tracepoint,kprobe}] [--ebpf]
 #
-# Prints one line for each active IPv4 connection that a process attempts; it may fail afterwards. IPv4 from an IPv6
-# socket (v4-mapped addresses) is shown too, IPv6 is not.
+# Prints one line for each active IPv4 connection that a process attempts: when it starts, or with -r when its result is
+# known. IPv4 from an IPv6 socket (v4-mapped addresses) is shown too, IPv6 is not.
 #
 # Traces the sock:inet_sock_set_state tracepoint (tcp_set_state() before Linux 4.17), where a socket enters SYN_SENT.
 # That happens inside connect(), so the current process is the one that connects, and after a route has been found.
@@ -23,6 +23,7 @@ if __name__ == "__main__":      # blocked from here on and polled in trace(): no
 import argparse
 import contextlib
 import ctypes
+import errno
 import fcntl
 import functools
 import json
@@ -47,16 +48,19 @@ examples = """examples:
     ./tcpv4connect -t        # include timestamps
     ./tcpv4connect -p 181    # only trace PID 181
     ./tcpv4connect -P 80,443 # only trace ports 80 and 443
+    ./tcpv4connect -r        # show whether they succeed, and after how long
     ./tcpv4connect --json    # one JSON object per line
 """
 
 PROGRAM = "tcpv4connect"
 KERNEL = tuple(int(n) for n in re.findall("[0-9]+", os.uname().release)[:2])
 KERNEL_TYPES = ["tcp_sock", "net"]
+MAX_ATTEMPTS = 1 << 17          # connects under way at once, with -r: 17 MB of kernel memory
 RING_PAGES = (4 << 20) // mmap.PAGESIZE if KERNEL >= (5, 8) else 0      # 4 MiB: a second of the fastest load measured
 PERF_PAGES = (1 << 20) // mmap.PAGESIZE         # per CPU, where there is no ring buffer
-HARMLESS = b"_second" if KERNEL >= (7, 0) else b""      # skipping programs of such names loses no connect
-LOSSES = ["connects lost: the ring buffer was full", "state changes lost: the kernel did not run the probe"]
+HARMLESS = b"_second"           # programs of such names lose nothing when they are skipped
+LOSSES = ["connects lost: the ring buffer was full", "connects lost: the map of attempts was full",
+          "connects lost: their result was not seen", "state changes lost: the kernel did not run the probe"]
 
 bpf_text = r"""
 #include <linux/tcp.h>
@@ -79,11 +83,14 @@ struct event {                  /* as RECORD below */
     struct owner owner;
     u32 uid, netns;
     u32 saddr, daddr;
-    u16 dport, pad;
+    u16 dport, lport;
+    u64 decided;                /* 0: not yet */
+    s64 result;                 /* 0: connected, an errno, -1: given up, -2: connect() has failed at once */
 };
 
-enum { LOST_EVENT, RESCUED, COUNTERS };         /* as LOSSES above */
+enum { LOST_EVENT, LOST_ATTEMPT, LOST_RESULT, RESCUED, COUNTERS };      /* as LOSSES above */
 
+BPF_HASH(attempts, struct sock *, struct event, MAX_ATTEMPTS);          /* that are not decided yet, with RESULTS */
 BPF_ARRAY(lost, u64, COUNTERS);
 #if RING_PAGES
 BPF_RINGBUF_OUTPUT(events, RING_PAGES);
@@ -100,10 +107,11 @@ static inline void count_lost(int what)
 }
 
 /*
- * Since 7.0 a program can be preempted, and the kernel skips it for a process that takes the CPU meanwhile. So there is
- * a second program, which handles what the first was skipped for. What the first has handled is marked until then.
+ * The kernel skips a program that is already running on this CPU: for a process that preempts it (since 7.0) and for a
+ * softirq on top of it, which matters to RESULTS only. So there is a second program then, which handles what the first
+ * was skipped for. What the first has handled is marked until then.
  */
-#if PREEMPTIBLE
+#if TWO_PROGRAMS
 BPF_TABLE("lru_hash", u64, u8, marks, 1 << 14);         /* not per CPU: a preempted process may move to another one */
 
 static inline bool is_mine(void *ctx, u64 event, bool first)
@@ -146,12 +154,43 @@ static inline void set_owner(struct owner *o)
     bpf_get_current_comm(&o->comm, sizeof(o->comm));
 }
 
+static inline void output(void *ctx, struct event *e)
+{
+#if RING_PAGES
+    if (events.ringbuf_output(e, sizeof(*e), BPF_RB_NO_WAKEUP))     /* no wake-up: the reader polls */
+#else
+    if (events.perf_submit(ctx, e, sizeof(*e)))
+#endif
+        count_lost(LOST_EVENT);
+}
+
+static inline void decide(void *ctx, struct sock *sk, int newstate)
+{
+    struct event *attempt = attempts.lookup(&sk), e;
+
+    if (!attempt || newstate == TCP_SYN_RECV)       /* both ends have called connect() */
+        return;
+    e = *attempt;
+    attempts.delete(&sk);
+    if (newstate == TCP_SYN_SENT || e.dport != ntohs(READ(sk, __sk_common.skc_dport)))
+        return count_lost(LOST_RESULT);         /* of an older socket at this address */
+    e.decided = bpf_ktime_get_ns();
+    e.lport = ntohs(READ((struct inet_sock *)sk, inet_sport));
+    /* No error: by close() or shutdown(); or connect() itself failed, for want of a port for example. */
+    if (newstate != TCP_ESTABLISHED)
+        e.result = READ(sk, sk_err) ?: READ((struct tcp_sock *)sk, segs_out) ? -1 : -2;
+    if (e.result || !ONLY_FAILED)
+        output(ctx, &e);
+}
+
 static inline void state_change(void *ctx, struct sock *sk, int oldstate, int newstate)
 {
     struct event e = {};
     struct sock_common c;
     u32 *daddr6 = c.skc_v6_daddr.in6_u.u6_addr32;
 
+    if (RESULTS && (newstate == TCP_SYN_SENT || oldstate == TCP_SYN_SENT || oldstate == TCP_SYN_RECV))
+        decide(ctx, sk, newstate);
     if (newstate != TCP_SYN_SENT || protocol_of(sk) != IPPROTO_TCP)
         return;
     /* tcp_v4_connect() has put the addresses into the socket; the source port comes later. */
@@ -168,12 +207,10 @@ static inline void state_change(void *ctx, struct sock *sk, int oldstate, int ne
     e.ts = bpf_ktime_get_ns();
     e.saddr = c.skc_rcv_saddr;
     e.daddr = c.skc_daddr;
-#if RING_PAGES
-    if (events.ringbuf_output(&e, sizeof(e), BPF_RB_NO_WAKEUP))     /* no wake-up: the reader polls */
-#else
-    if (events.perf_submit(ctx, &e, sizeof(e)))
-#endif
-        count_lost(LOST_EVENT);
+    if (!RESULTS)
+        output(ctx, &e);
+    else if (attempts.update(&sk, &e))
+        count_lost(LOST_ATTEMPT);
 }
 
 static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
@@ -195,10 +232,11 @@ int kprobe_set_state(struct pt_regs *ctx, struct sock *sk, int newstate)
 """
 
 # struct event, behind the ring buffer's own header of a record (length and flags, page offset)
-RECORD = struct.Struct("=8xQ20sII4s4sH2x")
+RECORD = struct.Struct("=8xQ20sII4s4sHHQq")
+RESULTS = "ok", "failed", "quit"        # 0, -2, -1
 ipv4 = functools.lru_cache(maxsize=1024)(socket.inet_ntoa)
-TEXT = "%-6s %-12.12s %-16s %-16s %s\n"
-JSON = '{"ts":%.6f,%s,"uid":%d,"ip":4,"saddr":"%s","daddr":"%s","dport":%d,"netns":%d}\n'
+TEXT = "%-6s %-12.12s %-16s %-16s %s\n", "%-6s %-12.12s %-16s %-16s %-5s %-5s %-9s %s\n"     # without and with -r
+JSON = '{"ts":%.6f,%s,"uid":%d,"ip":4,"saddr":"%s","daddr":"%s","dport":%d,"netns":%d%s}\n'
 
 
 def number(low, high, kind=int):
@@ -242,13 +280,19 @@ def parse_args(argv=None):
     add("-u", "--uid", type=number(0, 0xffffffff), help="trace this UID only")
     add("-P", "--port", type=lambda text: [number(1, 65535)(port) for port in text.split(",")],
         help="comma-separated list of destination ports to trace.")
+    add("-r", "--result", action="store_true",
+        help="print each connect when its result is known, with local port, milliseconds and result")
+    add("--failed", action="store_true", help="with -r, trace only connects that do not succeed")
     add("--json", action="store_true", help="print one JSON object per line, with exact times")
     add("--netns", type=netns, help="trace this network namespace only: inode number, path or name")
     add("--duration", metavar="SECONDS", type=number(0.001, 1e9, float), help="exit after this many seconds")
     add("--probes", choices=("tracepoint", "kprobe"), help="use this kind of probe only (default: the tracepoint)")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     args = parser.parse_args(argv)
-    args.form = args.time * "%-8s " + args.timestamp * "%-8s " + args.print_uid * "%-5s " + TEXT
+    if args.failed and not args.result:
+        parser.error("--failed needs -r")
+    args.two_programs = args.result or KERNEL >= (7, 0)
+    args.form = args.time * "%-8s " + args.timestamp * "%-8s " + args.print_uid * "%-5s " + TEXT[args.result]
     return args
 
 
@@ -265,8 +309,10 @@ def cflags(args):
     """Returns the arguments as macros for the C text. Only numbers get there."""
     macros = {
         **pid_namespace(),
-        "PREEMPTIBLE": int(KERNEL >= (7, 0)),
+        "TWO_PROGRAMS": int(args.two_programs),
         "RING_PAGES": RING_PAGES,
+        "RESULTS": int(args.result), "ONLY_FAILED": int(args.failed),
+        "MAX_ATTEMPTS": MAX_ATTEMPTS if args.result else 1,
         "FILTER_PID": args.pid or 0,
         "IS_WANTED_UID(uid)": "true" if args.uid is None else "uid == %du" % args.uid,
         "FILTER_NETNS": args.netns or 0,
@@ -281,9 +327,11 @@ def attach(bcc, args):
     if args.probes == "kprobe" or KERNEL < (4, 17):
         bpf.attach_kprobe(event="tcp_set_state", fn_name="kprobe_set_state")
     else:
-        for fn_name in ["tracepoint_set_state_first"] + ["tracepoint_set_state_second"] * (KERNEL >= (7, 0)):
+        for fn_name in ["tracepoint_set_state_first"] + ["tracepoint_set_state_second"] * args.two_programs:
             bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name=fn_name)
             bpf.raw_tracepoint_fds.clear()      # bcc refuses a second program on a raw tracepoint that it knows of
+    if not args.two_programs:
+        bpf.funcs.clear()       # losses() has nothing to count: skipped are state changes in softirq, and no connect
     return bpf
 
 
@@ -368,17 +416,24 @@ def owner_text(packed):
 
 def header(args):
     names = ("TIME",) * args.time + ("TIME(s)",) * args.timestamp + ("UID",) * args.print_uid
-    return "" if args.json else args.form % (*names, "PID", "COMM", "SADDR", "DADDR", "DPORT")
+    names += ("PID", "COMM", "SADDR", "DADDR", "DPORT") + ("LPORT", "MS", "RESULT") * args.result
+    return "" if args.json else args.form % names
 
 
 def line(args, record, start, wall):
     """Returns one line. start: when tracing started, wall: offset of the kernel's clock from Unix time, both in ns."""
-    ts, owner, uid, netns, saddr, daddr, dport = record
+    ts, owner, uid, netns, saddr, daddr, dport, lport, decided, code = record
     pid, comm, members = owner_text(owner)
-    saddr, daddr = ipv4(saddr), ipv4(daddr)
+    saddr, daddr, outcome = ipv4(saddr), ipv4(daddr), ""
+    if args.result:
+        ms = ((decided or time.monotonic_ns()) - ts) / 1e6
+        err = errno.errorcode.get(code, str(code)) if code > 0 else None
+        result = (err or RESULTS[code]) if decided else "pending"
+        outcome = (',"lport":%s,"ms":%.6f,"result":"%s","err":%s' % (lport or "null", ms, result, json.dumps(err))
+                   if args.json else (lport or "N/A", "%.2f" % ms, result))
     if args.json:
-        return JSON % ((ts + wall) / 1e9, members, uid, saddr, daddr, dport, netns)
-    row = (pid, comm, saddr, daddr, dport)
+        return JSON % ((ts + wall) / 1e9, members, uid, saddr, daddr, dport, netns, outcome)
+    row = (pid, comm, saddr, daddr, dport, *outcome)
     if args.print_uid:
         row = (uid, *row)
     if args.timestamp:
@@ -417,8 +472,13 @@ def trace(args, bpf):
     while not stop:
         time.sleep(0.1)         # the time that a line may be late
         stop = signal.sigpending() & STOP_SIGNALS or reader.poll(0)
+        under_way = [bytes(8) + bytes(event) for event in bpf["attempts"].values()] if stop and args.result else []
+        records = RECORD.iter_unpack(read())
+        if under_way:           # but for those that have been decided since
+            records = list(records)
+            records += sorted(set(map(RECORD.unpack, under_way)) - {(*record[:7], 0, 0, 0) for record in records})
         wall = time.time_ns() - time.monotonic_ns()     # each time anew: the clock may have been set
-        stop = write("".join([line(args, record, start, wall) for record in RECORD.iter_unpack(read())])) or stop
+        stop = write("".join([line(args, record, start, wall) for record in records])) or stop
         reported = report(losses(bpf), reported)
     report(losses(bpf), {}, "%s: in all %d %s")
 

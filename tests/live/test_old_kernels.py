@@ -4,7 +4,8 @@ import unittest
 import live
 import workload
 
-TOOLS = ["tcplife"], ["tcpaccept"], ["tcpv4connect"], ["deeptcptracer", "-m", "-e", "tcp_set_state,tcp_reset"], \
+TOOLS = ["tcplife"], ["tcpaccept"], ["tcpv4connect"], ["tcpv4connect", "-r"], \
+    ["deeptcptracer", "-m", "-e", "tcp_set_state,tcp_reset"], \
     ["deeptcptracer", "-K", "-m", "-e", "tcp_reset,tcp_send_reset,sock_def_error_report"]
 
 

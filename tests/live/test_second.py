@@ -31,15 +31,17 @@ def second_alone(tool, *options):
 class Second(unittest.TestCase):
     def test_second_takes_what_the_first_does_not_see(self):
         sessions, accepts, connects = map(second_alone, ("tcplife", "tcpaccept", "tcpv4connect"))
+        results = second_alone("tcpv4connect", "-r")
         churn, events, witness = second_alone("tcpchurn", os.getpid()), second_alone(*EVENTS), live.Tracer(*EVENTS)
         with socket.create_server(("127.0.0.1", 0)) as listener, \
-                live.tracing(sessions, accepts, connects, churn, events, witness):
+                live.tracing(sessions, accepts, connects, results, churn, events, witness):
             for _ in range(50):
                 with socket.create_connection(listener.getsockname()):
                     listener.accept()[0].close()
             time.sleep(1.2)         # an update of tcpchurn
-        ours = [sum(line["pid"] == os.getpid() for line in tracer.objects) for tracer in (sessions, accepts, connects)]
-        self.assertEqual(ours, [100, 50, 50])
+        ours = [sum(line["pid"] == os.getpid() for line in tracer.objects)
+                for tracer in (sessions, accepts, connects, results)]
+        self.assertEqual(ours, [100, 50, 50, 50])
         self.assertEqual(churn.objects[-1]["all"],
                          {"opened": 100, "accepted": 50, "connected": 50, "closed": 100})
         changes = [[(line["saddr"], line["sport"], line["oldstate"], line["state"]) for line in tracer.objects

@@ -3,9 +3,9 @@
 
 usage: guest.py [MODE ...]
 
-This is what tests/kernels.sh runs on each kernel; it runs on any machine that can trace. A mode is a way to start the
-tools: see MODES. Prints a row for each, and what was wrong on the lines before it; exit status 1 if anything was.
-Without any it tries all but lockdown, which lasts until the machine boots again.
+This is what kernels.sh runs on each kernel; it runs on any machine that can trace. A mode is a way to start the tools:
+see MODES. Prints a row for each, and what was wrong on the lines before it; exit status 1 if anything was. Without any
+it tries all but lockdown, which lasts until the machine boots again.
 """
 import argparse
 import collections
@@ -94,7 +94,8 @@ def differences(options, kprobes, log, life, expected, tracers):
         [record for record in test_tcpaccept.accepted(log) if record["scenario"] != "io_uring" or shows_io_uring],
         accepts, test_tcpaccept.key)
     missing["tcpv4connect"], wrong["tcpv4connect"] = live.compare(
-        [record for record in log if record["role"] == "client" and record["ip"] == 4], connects, test_tcpv4connect.key)
+        [record for record in log if record["role"] == "client" and record["ip"] == 4], connects,
+        test_tcpv4connect.result if "-r" in tracers[2].command else test_tcpv4connect.key)
     total = collections.Counter(churn[-1]["all"] if churn else {})
     text = "%s, not %s" % (total, life.ALL)
     missing["tcpchurn"] = [text] * max((life.ALL - total).values(), default=0)
@@ -116,7 +117,7 @@ def trace(options, pretend):
     """Run all on one workload; what was wrong, as texts, and what was looked at."""
     scenarios = [*workload.SCENARIOS] + ["io_uring"] * has_io_uring()
     life = test_tcpchurn.Life()
-    more = {"tcpchurn": [life.pid], "deeptcptracer": ["-K", "-m"]}
+    more = {"tcpchurn": [life.pid], "deeptcptracer": ["-K", "-m"], "tcpv4connect": ["-r"] * bool(options or pretend)}
     tracers = [live.Tracer(tool, "--json", *more.get(tool, []), check=False, pretend=pretend) for tool in TOOLS]
     sessions, accepts, connects, churn, events = tracers
     for tracer in tracers:
