@@ -20,7 +20,7 @@ class PerfBuffer(unittest.TestCase):
                 workload.work(scenarios=["client_close", "server_reset", "refused"], namespaces=(where, where))
 
         def lines(tracer):
-            times = "ts", "ms", "state_ms"
+            times = "ts", "ms", "connect_ms", "accept_ms", "state_ms"
             return sorted(repr(sorted((name, value) for name, value in line.items() if name not in times))
                           for line in tracer.objects)
         for ring, perf in pairs:
