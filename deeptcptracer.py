@@ -343,7 +343,8 @@ static inline void state_change(void *ctx, struct sock *sk, int oldstate, int ne
         return;
     }
     o = owner_of(sk);
-    if (newstate == TCP_SYN_SENT || newstate == TCP_LISTEN || (sends_fin && !o)) {
+    /* The kprobe does not see the change to LISTEN: then its end has to do. */
+    if (newstate == TCP_SYN_SENT || newstate == TCP_LISTEN || ((sends_fin || oldstate == TCP_LISTEN) && !o)) {
         remember_owner(sk);     /* in connect(), listen(), close(), shutdown() or exit */
         o = owners.lookup(&sk);
     }

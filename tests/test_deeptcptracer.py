@@ -98,6 +98,13 @@ def close_in_order_ipv6():
     return close_in_order(socket.AF_INET6)
 
 
+@provokes()
+def listener_closed():
+    with listen() as listener:
+        there = listener.getsockname()
+    return {(*there, "0.0.0.0", 0): [("tcp_set_state()", "LISTEN", "CLOSE", None)]}          # noqa: S104
+
+
 @provokes("tcp_reset", "sock_def_error_report")
 def reset_received():
     with pair() as (client, server):
@@ -206,7 +213,7 @@ def keepalive_failure():
 
 
 TIMED = [connect_timeout, retransmission, zero_windows, retransmitted_fin, keepalive_failure]      # by timers
-SCENARIOS = [close_in_order, close_in_order_ipv6, reset_received, refused, half_close, *TIMED]
+SCENARIOS = [close_in_order, close_in_order_ipv6, listener_closed, reset_received, refused, half_close, *TIMED]
 
 
 def alike(event, seen):
