@@ -40,7 +40,6 @@ MODES = {
     "none": ("none", "default", "ring", [], {}),
     "lockdown": ("BTF", "default", "ring", [], {}),     # of confidentiality: nothing may read the kernel's memory
 }
-test_tcplife.MS *= live.SLOW ** 2       # an emulated CPU may stand still for a while
 UNSHARE = ["unshare", "--pid", "--fork", "--mount-proc"]
 ROW = "%-24s %-7s %-7s %-8s %-10s %-6s %s"
 
@@ -120,8 +119,9 @@ def trace(options, pretend):
     for tracer in tracers:
         tracer.start()
     with churn, events:
-        with sessions, accepts, connects:
+        with sessions, accepts, connects, live.Unseen(sessions) as unseen:
             log = make_sessions(scenarios)
+        log = test_tcplife.timed(log, unseen.times())
         life.play()
         expected = [(scenario, scenario()) for scenario in test_deeptcptracer.SCENARIOS]
         life.end()
