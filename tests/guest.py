@@ -123,7 +123,7 @@ def trace(options, pretend):
             log = make_sessions(scenarios)
         log = test_tcplife.timed(log, unseen.times())
         life.play()
-        expected = [(scenario, scenario()) for scenario in test_deeptcptracer.SCENARIOS]
+        expected = test_deeptcptracer.provoke(test_deeptcptracer.SCENARIOS)
         life.end()
         time.sleep(1.2)         # an update of tcpchurn
     life.close()

@@ -216,6 +216,12 @@ TIMED = [connect_timeout, retransmission, zero_windows, retransmitted_fin, keepa
 SCENARIOS = [close_in_order, close_in_order_ipv6, listener_closed, reset_received, refused, half_close, *TIMED]
 
 
+def provoke(scenarios):
+    """Play these scenarios side by side: [(scenario, what has to be seen of it), ...]."""
+    with concurrent.futures.ThreadPoolExecutor(len(scenarios)) as side_by_side:
+        return list(zip(scenarios, side_by_side.map(lambda scenario: scenario(), scenarios)))
+
+
 def alike(event, seen):
     return all(one in ("*", other) for one, other in zip(event, seen))
 
@@ -282,18 +288,18 @@ class Events(unittest.TestCase):
                 if (line["saddr"], line["sport"], line["daddr"], line["dport"]) == endpoints}
 
     def play(self, scenarios):
-        with self.tracing(), concurrent.futures.ThreadPoolExecutor(len(scenarios)) as side_by_side:
-            expected = list(side_by_side.map(lambda scenario: scenario(), scenarios))
-        for scenario, endpoints in zip(scenarios, expected):
+        with self.tracing():
+            played = provoke(scenarios)
+        for scenario, endpoints in played:
             self.assertEqual(difference(scenario, endpoints, self.tracer.objects), [])
-        return expected
+        return dict(played)
 
     def test_scenarios(self):
         self.play([scenario for scenario in SCENARIOS if scenario not in TIMED])
 
     @live.by_timer
     def test_scenarios_with_timers(self):
-        there, back = self.play(TIMED)[TIMED.index(retransmitted_fin)]
+        there, back = self.play(TIMED)[retransmitted_fin]
         events = [line[0] for line in self.seen(*there) + self.seen(*back)]
         self.assertEqual((events.count("tcp_send_fin()"), events.count("tcp_fin()")), (1, 1))
 
