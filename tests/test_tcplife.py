@@ -45,14 +45,15 @@ def difference(log, printed):
 
 
 def timed(log, times):
-    """The log with the moments at which ftrace saw an accepted session begin, and any session end.
+    """The log with the moments at which ftrace saw sessions start and end.
 
     A process only knows what it asked for. The packet that makes it so may wait on a busy CPU for milliseconds.
     """
     for known in log:
-        for name, state in (("born", "ESTABLISHED"), ("died", "CLOSE")):
-            moments = times.get((known["lport"], known["rport"], state), [])
-            if len(moments) == 1 and (name == "died" or known["role"] == "server"):
+        for name, state in (("born", "ESTABLISHED" if known["role"] == "server" else "SYN_SENT"), ("died", "CLOSE")):
+            # connect() begins without a local port, unless the socket is bound
+            moments = times[known["lport"], known["rport"], state] or times[0, known["rport"], state]
+            if len(moments) == 1:
                 known[name] = moments * 2
     return log
 
