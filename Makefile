@@ -32,42 +32,42 @@ help:
 	@sed -n 's/^# make/make/p' Makefile
 
 demo: deps-demo
-	@PYTHON=$(PYTHON) sh tests/demo.sh
+	@PYTHON=$(PYTHON) sh tests/setup/demo.sh
 
 test: deps-test $(RUFF)
-	$(PROVE) tests/lint.t tests/unit.t $(TOOLS:%='tests/cli.t %') $(LIVE:%='tests/live.t %')
+	$(PROVE) tests/static/lint.t tests/unit/unit.t $(TOOLS:%='tests/live/cli.t %') $(LIVE:%='tests/live/live.t %')
 
 test-load: deps-test
-	$(PROVE) $(LOAD:%='tests/live.t %')
+	$(PROVE) $(LOAD:%='tests/live/live.t %')
 
 test-fresh: deps-kernels
-	sh tests/fresh.sh 'make demo' 'make test'
+	sh tests/setup/fresh.sh 'make demo' 'make test'
 
 test-kernels: deps-kernels
-	sh tests/kernels.sh $(KERNELS)
+	sh tests/kernels/kernels.sh $(KERNELS)
 
 lint: deps-test $(RUFF)
-	$(PROVE) tests/lint.t
+	$(PROVE) tests/static/lint.t
 
 bench: deps-test
-	$(PYTHON) tests/bench.py
+	PYTHON=$(PYTHON) tests/lib/python tests/peers/bench.py
 
 soak: deps-test
-	cd tests && PYTHONPATH=..:. PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -W ignore soak.py $(DURATION)
+	PYTHON=$(PYTHON) tests/lib/python tests/load/soak.py $(DURATION)
 
 # What each needs, as a test that it is there; packages are only installed if one is not.
 have = (for command in $(1); do command -v $$command >/dev/null || exit 1; done)
 
 deps-demo:
-	@$(PYTHON) -c 'import bcc' 2>/dev/null && $(call have,ip) || sh tests/packages.sh demo
+	@$(PYTHON) -c 'import bcc' 2>/dev/null && $(call have,ip) || sh tests/setup/packages.sh demo
 
 deps-test: deps-demo
 	@$(PYTHON) -c 'import tap, venv, ensurepip' 2>/dev/null && \
-	 $(call have,prove shellcheck mandoc col cc bpftool sysctl mount jq) || sh tests/packages.sh test
+	 $(call have,prove shellcheck mandoc col cc bpftool sysctl mount jq) || sh tests/setup/packages.sh test
 
 deps-kernels:
 	@$(call have,qemu-system-x86_64 qemu-system-aarch64 mmdebstrap busybox cpio modprobe xz zstd) || \
-	 sh tests/packages.sh kernels
+	 sh tests/setup/packages.sh kernels
 
 $(RUFF):
 	$(PYTHON) -m venv .venv

@@ -411,7 +411,7 @@ def parse_args(argv=None):
     add("--probes", choices=("tracepoint", "kprobe"),
         help="use this kind of probe only (default: tracepoints, and for accept() a kprobe where there are any)")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
-    parser.print_help = lambda: write(parser.format_help())         # else it would fail at Python's exit
+    parser.print_help = lambda: write(parser.format_help())     # else it would fail at Python's exit
     args = parser.parse_args(argv)
     args.kprobes = args.probes == "kprobe" or KERNEL < (4, 17)
     if args.pid is None and args.windows and len(args.windows) > 1:
@@ -570,6 +570,8 @@ def learn_existing(args, bpf):
         os.listdir("/proc/%d/fd" % args.pid)
     except PermissionError:
         print("%s: sockets from before the start not known: needs CAP_SYS_PTRACE" % PROGRAM, file=sys.stderr)
+    except OSError:             # it has ended meanwhile: trace() reports that
+        pass
     for inode in socket_inodes(args.pid):
         try:
             table[table.Key(inode)] = table.Leaf(1)

@@ -3,18 +3,19 @@
 # tcplife  Trace the lifespan of TCP sessions and summarize.
 #          For Linux, uses bcc, eBPF.
 #
-# usage: tcplife [-h] [-T] [-t] [-w | -s | --json] [-p PID] [-L LOCALPORT] [-D REMOTEPORT] [-4 | -6] [--netns NETNS]
-#                [--duration SECONDS] [--owner {accept,close}] [--probes {tracepoint,kprobe}] [--ebpf]
+# usage: tcplife [-h] [-T] [-t] [-w | -s | --json] [-x] [-p PID] [-L LOCALPORT] [-D REMOTEPORT] [-4 | -6] [--failed]
+#                [--existing] [--netns NETNS] [--duration SECONDS] [--owner {accept,close}]
+#                [--probes {tracepoint,kprobe}] [--ebpf]
 #
 # Prints one line per finished session: the process that owns the socket, addresses, ports, bytes each way and
-# milliseconds. Both ends are shown when both are on this machine, and so is a connect that failed.
+# milliseconds; with -x also how it ended. A connect that failed is shown, too.
 #
 # Traces the sock:inet_sock_set_state tracepoint (tcp_set_state() before Linux 4.17), tcp:tcp_destroy_sock and accept().
 # No packet is looked at. The owner of a session is the process that called connect() or accept(): many state changes
 # run in softirq, in the context of whichever process was interrupted, and the current process means nothing there.
 #
-# CAVEATS: sessions from before the start are not shown. A kernel without kprobes shows accept() at the exit of the
-# system call, which does not cover io_uring and 32-bit programs: there the process that closes is taken as the owner.
+# CAVEATS: a kernel without kprobes shows accept() at the exit of the system call, which does not cover io_uring and
+# 32-bit programs: there the process that closes is taken as the owner.
 
 import signal
 
@@ -26,6 +27,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import errno
 import fcntl
 import functools
 import io
@@ -55,6 +57,7 @@ examples = """examples:
   ./tcplife -L 80        # only trace local port 80
   ./tcplife -L 80,81     # only trace local ports 80 and 81
   ./tcplife -D 80        # only trace remote port 80
+  ./tcplife -x --failed  # only sessions that failed, and how
   ./tcplife --netns web  # only trace the network namespace web
 """
 
@@ -87,20 +90,26 @@ struct owner {
     char comm[TASK_COMM_LEN];
 };
 
+enum { EXISTED, CONNECT, ACCEPT };                      /* as ROLES below */
+enum { LOCAL, REMOTE, BOTH, ABORT, QUIT, NEVER_SENT };  /* as ENDS below; the first three by FINs */
+
 struct session {
-    u64 born;                   /* bpf_ktime_get_ns() */
+    u64 born;                   /* bpf_ktime_get_ns(); 0: before the start of the tool */
+    u64 ready;                  /* when connect() succeeded or accept() returned; 0: not yet */
     struct owner owner;
-    u32 pad;
+    u32 role;
 };
 
 struct event {                  /* as RECORD below */
-    u64 born, died;
+    struct session session;
+    u64 died;
     u64 tx, rx;                 /* bytes */
-    struct owner owner;
     u32 netns;
     u32 laddr[4], raddr[4];     /* IPv4 as ::ffff:a.b.c.d */
     u16 lport, rport;
-    u32 pad;
+    u32 srtt;                   /* eighths of a microsecond */
+    u32 retrans;                /* segments */
+    u32 end, err;               /* err: instead of the end; 0: none */
 };
 
 enum { LOST_EVENT, LOST_SESSION, LOST_UNCLAIMED, LOST_END, RESCUED, COUNTERS };      /* as LOSSES above */
@@ -214,9 +223,9 @@ static inline bool is_wanted(struct event *e, struct sock *sk)
 static inline void submit(void *ctx, struct event *e)
 {
 #if RING_PAGES          /* no wake-up: the reader polls */
-    if (IS_WANTED_PID(e->owner.pid) && events.ringbuf_output(e, sizeof(*e), BPF_RB_NO_WAKEUP))
+    if (IS_WANTED_PID(e->session.owner.pid) && events.ringbuf_output(e, sizeof(*e), BPF_RB_NO_WAKEUP))
 #else
-    if (IS_WANTED_PID(e->owner.pid) && events.perf_submit(ctx, e, sizeof(*e)))
+    if (IS_WANTED_PID(e->session.owner.pid) && events.perf_submit(ctx, e, sizeof(*e)))
 #endif
         count_lost(LOST_EVENT);
 }
@@ -235,9 +244,9 @@ static inline void set_owner(struct owner *o)
     bpf_get_current_comm(&o->comm, sizeof(o->comm));
 }
 
-static inline void birth(struct sock *sk, bool active)
+static inline void birth(struct sock *sk, u32 role)
 {
-    struct session s = {.born = bpf_ktime_get_ns()};
+    struct session s = {.born = role == EXISTED ? 0 : bpf_ktime_get_ns(), .role = role};
     struct event e = {};
     int err;
 
@@ -245,15 +254,15 @@ static inline void birth(struct sock *sk, bool active)
         return;
     if (FILTERS) {
         read_endpoints(&e, sk);
-        if (active)
+        if (role == CONNECT)
             e.lport = 0;        /* not chosen yet, or that of an earlier attempt: checked when the session ends */
         if (!is_wanted(&e, sk))
             return;
     }
-    if (active)
+    if (role == CONNECT)
         set_owner(&s.owner);
     err = sessions.insert(&sk, &s);
-    if (err && err != -EEXIST)  /* exists: both ends called connect(), or accept() saw it first (TCP Fast Open) */
+    if (err && err != -EEXIST)  /* exists: accept() saw it first (TCP Fast Open), or it is no news to EXISTED */
         count_lost(LOST_SESSION);
 }
 
@@ -264,11 +273,21 @@ static inline void forget(struct sock *sk)
         count_lost(LOST_END);
 }
 
+static inline void established(struct sock *sk, int oldstate)
+{
+    struct session *s = sessions.lookup(&sk);
+
+    if (s && s->role == CONNECT)        /* from SYN_RECV if the other end called connect(), too */
+        s->ready = bpf_ktime_get_ns();
+    else if (oldstate == TCP_SYN_RECV)
+        birth(sk, ACCEPT);
+}
+
 /* A kernel thread closes for others: MPTCP's worker, io_uring's, the collector of Unix sockets. */
 #define is_kthread() (READ((struct task_struct *)bpf_get_current_task(), flags) & 0x00200000 /* PF_KTHREAD */)
 
-/* The current process uses this socket. Returns whether its session is known. */
-static inline bool own(struct sock *sk)
+/* The current process uses this socket. Returns its session, or NULL if it is not known. */
+static inline struct session *own(struct sock *sk)
 {
     struct session *s = sessions.lookup(&sk);
 
@@ -277,30 +296,46 @@ static inline bool own(struct sock *sk)
     return s;
 }
 
-static inline void death(void *ctx, struct sock *sk)
+static inline void death(void *ctx, struct sock *sk, int oldstate)
 {
     struct session *s = sessions.lookup(&sk);
-    struct event e = {.died = bpf_ktime_get_ns()};
+    struct event e = {.died = bpf_ktime_get_ns(), .end = ABORT};
+    struct tcp_sock *tp = (struct tcp_sock *)sk;
+    bool fin_acked = oldstate == TCP_FIN_WAIT2 || oldstate == TCP_LAST_ACK || oldstate == TCP_CLOSING;
+    u64 flags;
 
     if (!s)
         return;
-    e.born = s->born;
-    e.owner = s->owner;
+    e.session = *s;
     sessions.delete(&sk);
+    flags = READ(sk, __sk_common.skc_flags);
+    fin_acked = fin_acked && READ(tp, snd_una) == READ(tp, write_seq);
+    if (oldstate == TCP_SYN_SENT)       /* no SYN: connect() itself failed, for want of a port for example */
+        e.end = READ(tp, segs_out) ? QUIT : NEVER_SENT;
+    /* In FIN_WAIT2 without SOCK_DEAD and SOCK_DONE, close() came after shutdown() and found unread data. */
+    if (fin_acked && (oldstate != TCP_FIN_WAIT2 || flags & 3))
+        e.end = oldstate == TCP_FIN_WAIT2 ? LOCAL : oldstate == TCP_LAST_ACK ? REMOTE : BOTH;
+    e.err = READ(sk, sk_err);
+    if (FAILED && !e.err && e.end <= BOTH)
+        return;
     read_endpoints(&e, sk);
     if (FILTERS && !is_wanted(&e, sk))
         return;
     e.netns = netns_of(sk);
-    e.tx = READ((struct tcp_sock *)sk, bytes_acked);
-    e.rx = READ((struct tcp_sock *)sk, bytes_received);
-    if (e.owner.pid)
+    /* The kernel counts the SYN of connect() and FINs as bytes. */
+    e.tx = READ(tp, bytes_acked);
+    e.tx -= fin_acked + (e.tx && e.session.role == CONNECT);
+    e.rx = READ(tp, bytes_received) - (flags >> 1 & 1);         /* SOCK_DONE: the peer's FIN has come */
+    e.srtt = READ(tp, srtt_us);
+    e.retrans = READ(tp, total_retrans);
+    if (e.session.owner.pid)
         submit(ctx, &e);
     else if (unclaimed.update(&sk, &e))
         count_lost(LOST_UNCLAIMED);
 }
 
 /* A session that the peer ended before accept() returned it is printed once its owner is known. */
-static inline void claim(void *ctx, struct sock *sk)
+static inline void claim(void *ctx, struct sock *sk, u64 accepted)
 {
     struct event *held = unclaimed.lookup(&sk), e;
 
@@ -309,38 +344,46 @@ static inline void claim(void *ctx, struct sock *sk)
     e = *held;
     if (unclaimed.delete(&sk))  /* another process was faster */
         return;
+    e.session.ready = accepted;
     if (!is_kthread())
-        set_owner(&e.owner);
+        set_owner(&e.session.owner);
     submit(ctx, &e);
 }
 
 static inline void accepted(void *ctx, struct sock *sk)
 {
+    struct session *s;
+
 #ifdef BTF_HAS_mptcp_sock
     /* accept() returns MPTCP's own socket; the session is its first subflow. */
     if (protocol_of(sk) == IPPROTO_MPTCP)
         sk = READ((struct mptcp_sock *)sk, first);
 #endif
-    if (own(sk))
-        return;
     if (READ(sk, __sk_common.skc_state) == TCP_SYN_RECV)        /* TCP Fast Open: not ESTABLISHED yet */
-        birth(sk, true);
+        birth(sk, ACCEPT);
+    s = own(sk);
+    if (s)
+        s->ready = bpf_ktime_get_ns();
     else
-        claim(ctx, sk);
+        claim(ctx, sk, bpf_ktime_get_ns());
 }
 
 static inline void state_change(void *ctx, struct sock *sk, int oldstate, int newstate)
 {
+    bool closes = newstate == TCP_FIN_WAIT1 || newstate == TCP_LAST_ACK;
+
     if (oldstate == TCP_CLOSE || oldstate == TCP_LISTEN)
         forget(sk);
+    else if (EXISTING && oldstate != TCP_SYN_RECV && (closes || newstate == TCP_CLOSE))
+        birth(sk, EXISTED);     /* unless it is known */
     if (newstate == TCP_SYN_SENT)
-        birth(sk, true);
-    else if (newstate == TCP_ESTABLISHED && oldstate == TCP_SYN_RECV)
-        birth(sk, false);
-    else if ((newstate == TCP_FIN_WAIT1 || newstate == TCP_LAST_ACK) && !is_kthread())
+        birth(sk, CONNECT);
+    else if (newstate == TCP_ESTABLISHED)
+        established(sk, oldstate);
+    else if (closes && !is_kthread())
         own(sk);                /* in close(), shutdown() or exit */
     else if (newstate == TCP_CLOSE)
-        death(ctx, sk);
+        death(ctx, sk, oldstate);
 }
 
 #if KPROBES
@@ -352,7 +395,7 @@ int kprobe_set_state(struct pt_regs *ctx, struct sock *sk, int newstate)
 
 int kprobe_destroy(struct pt_regs *ctx, struct sock *sk)
 {
-    claim(ctx, sk);
+    claim(ctx, sk, 0);
     return 0;
 }
 #else
@@ -370,7 +413,7 @@ int tracepoint_set_state_second(struct bpf_raw_tracepoint_args *ctx) { return se
 /* A socket in CLOSE is destroyed in close(), and one that still waits for accept() in the listener's close(). */
 int tracepoint_destroy(struct bpf_raw_tracepoint_args *ctx)
 {
-    claim(ctx, (struct sock *)ctx->args[0]);
+    claim(ctx, (struct sock *)ctx->args[0], 0);
     return 0;
 }
 #endif
@@ -416,12 +459,18 @@ int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(
 """
 
 # struct event, behind the ring buffer's own header of a record (length and flags, page offset)
-RECORD = struct.Struct("=8xQQQQ20sI16s16sHH4x")
+RECORD = struct.Struct("=8xQQ20sIQQQI16s16sHHIIII")
+ROLES = [None, "connect", "accept"]
+ENDS = ["local", "remote", "both", "abort", "quit", None]
+ERRORS = {errno.ECONNRESET: "reset", errno.EPIPE: "reset", errno.ECONNREFUSED: "refused", errno.ETIMEDOUT: "timeout",
+          errno.EHOSTUNREACH: "unreachable", errno.ENETUNREACH: "unreachable", errno.ECONNABORTED: "killed"}
 NAMES = "PID", "COMM", "IP", "LADDR", "LPORT", "RADDR", "RPORT", "TX_KB", "RX_KB", "MS"
-NARROW = "%-5s %-10.10s %.0s%-15s %-5s %-15s %-5s %5s %5s %s\n"         # without IP
-WIDE = "%-7s %-16s %-2s %-39s %-5s %-39s %-5s %5s %5s %s\n"
+EXTRA_NAMES = "ROLE", "CONN_MS", "RTT_MS", "RETR", "END"
+NARROW = "%-5s %-10.10s %.0s%-15s %-5s %-15s %-5s %5s %5s "     # without IP
+WIDE = "%-7s %-16s %-2s %-39s %-5s %-39s %-5s %5s %5s "
+EXTRA = "%-8s %-7s %7s %7s %4s "
 JSON = ('{"ts":%.6f,%s,"ip":%d,"laddr":"%s","lport":%d,"raddr":"%s","rport":%d,"tx_bytes":%d,"rx_bytes":%d,"ms":%.6f,'
-        '"netns":%d}\n')
+        '"netns":%d,%s,"connect_ms":%s,"accept_ms":%s,"srtt_us":%s,"retrans":%d,"partial":%s}\n')
 
 
 def number(low, high, kind=int):
@@ -467,11 +516,15 @@ def parse_args(argv=None):
     add("-t", "--timestamp", action="store_true", help="include timestamp on output (seconds)")
     form.add_argument("-w", "--wide", action="store_true", help="wide column output (fits IPv6 addresses)")
     form.add_argument("-s", "--csv", action="store_true", help="comma separated values output")
+    add("-x", "--extra", action="store_true",
+        help="include columns on how sessions began and ended: ROLE CONN_MS RTT_MS RETR END")
     add("-p", "--pid", type=process, help="trace this PID only")
     add("-L", "--localport", type=ports, help="comma-separated list of local ports to trace.")
     add("-D", "--remoteport", type=ports, help="comma-separated list of remote ports to trace.")
     family.add_argument("-4", "--ipv4", action="store_true", help="trace IPv4 only")
     family.add_argument("-6", "--ipv6", action="store_true", help="trace IPv6 only")
+    add("--failed", action="store_true", help="trace only sessions that did not end by FINs")
+    add("--existing", action="store_true", help="trace sessions from before the start, too")
     form.add_argument("--json", action="store_true", help="print one JSON object per line, with exact bytes and times")
     add("--netns", type=netns, help="trace this network namespace only: inode number, path or name")
     add("--duration", metavar="SECONDS", type=number(0.001, 1e9, float), help="exit after this many seconds")
@@ -481,10 +534,11 @@ def parse_args(argv=None):
     add("--probes", choices=("tracepoint", "kprobe"),
         help="use this kind of probe only (default: tracepoints, and for accept() a kprobe where there are any)")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
-    parser.print_help = lambda: write(parser.format_help())         # else it would fail at Python's exit
+    parser.print_help = lambda: write(parser.format_help())     # else it would fail at Python's exit
     args = parser.parse_args(argv)
     args.kprobes = args.probes == "kprobe" or KERNEL < (4, 17)
-    args.form = args.time * "%-8s " + args.timestamp * "%-9s " + (WIDE if args.wide else NARROW)
+    args.form = (args.time * "%-8s " + args.timestamp * "%-9s " + (WIDE if args.wide else NARROW) +
+                 args.extra * EXTRA + "%s\n")
     return args
 
 
@@ -512,6 +566,8 @@ def cflags(args):
         "MAX_SESSIONS": MAX_SESSIONS,
         "MAX_UNCLAIMED": MAX_UNCLAIMED,
         "FILTERS": int(bool(args.ipv4 or args.ipv6 or args.netns or args.localport or args.remoteport)),
+        "FAILED": int(args.failed),
+        "EXISTING": int(args.existing),
         "IS_WANTED_PID(pid)": "(pid) == %d" % args.pid if args.pid else "true",
         "FILTER_NETNS": args.netns or 0,
         "FILTER_IP": 4 * args.ipv4 + 6 * args.ipv6,
@@ -637,6 +693,14 @@ def owner_text(packed):
             '"pid":%d,"comm":%s%s' % (pid, json.dumps(text), comm_hex))
 
 
+@functools.lru_cache(maxsize=1024)
+def fate(role, end, err):
+    """Returns role and end as text and as JSON members."""
+    role, end, err = ROLES[role], ERRORS.get(err) if err else ENDS[end], errno.errorcode.get(err, str(err) * bool(err))
+    return (role or "N/A", end or err or "N/A",
+            '"role":%s,"end":%s,"err":%s' % tuple(json.dumps(name or None) for name in (role, end, err)))
+
+
 def csv_line(row):
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow(row)
@@ -644,20 +708,27 @@ def csv_line(row):
 
 
 def header(args):
-    names = ("TIME",) * args.time + ("TIME(s)",) * args.timestamp + NAMES
+    names = ("TIME",) * args.time + ("TIME(s)",) * args.timestamp + NAMES + EXTRA_NAMES * args.extra
     return "" if args.json else csv_line(names) if args.csv else args.form % names
 
 
 def line(args, record, start, wall):
     """Returns one line. start: when tracing started, wall: offset of the kernel's clock from Unix time, both in ns."""
-    born, died, tx, rx, owner, netns, laddr, raddr, lport, rport = record
+    born, ready, owner, role, died, tx, rx, netns, laddr, raddr, lport, rport, srtt, retrans, end, err = record
     laddr, raddr = address(laddr), address(raddr)
     ip = 6 if ":" in raddr else 4
     pid, comm, members = owner_text(owner)
+    role, end, json_fate = fate(role, end, err)
+    ms = (died - born if born else max(0, died - start)) / 1e6
     if args.json:
-        return JSON % ((died + wall) / 1e9, members, ip, laddr, lport, raddr, rport, tx, rx,
-                       (died - born) / 1e6, netns)
-    row = (pid, comm, ip, laddr, lport, raddr, rport, tx >> 10, rx >> 10, "%.2f" % ((died - born) / 1e6))
+        waited = "%.6f" % ((ready - born) / 1e6) if ready else "null"
+        return JSON % ((died + wall) / 1e9, members, ip, laddr, lport, raddr, rport, tx, rx, ms, netns, json_fate,
+                       waited if role == "connect" else "null", waited if role == "accept" else "null",
+                       srtt >> 3 or "null", retrans, "false" if born else "true")
+    row = (pid, comm, ip, laddr, lport, raddr, rport, tx >> 10, rx >> 10, ("%.2f" if born else ">%.2f") % ms)
+    if args.extra:
+        row += (role, "%.2f" % ((ready - born) / 1e6) if ready and role == "connect" else "N/A",
+                "%.2f" % (srtt / 8e3) if srtt else "N/A", retrans, end)
     if args.timestamp:
         row = ("%.3f" % (max(0, died - start) / 1e9), *row)
     if args.time:

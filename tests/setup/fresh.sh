@@ -9,7 +9,7 @@
 set -eu
 
 release=bookworm
-repo=$(cd "$(dirname "$0")/.." && pwd)
+repo=$(cd "$(dirname "$0")/../.." && pwd)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/tcp-tracers
 base=$cache/minimal-$release.tar
 work=/root/tcp-tracers          # in the new root

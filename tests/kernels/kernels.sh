@@ -5,12 +5,12 @@
 #
 # NAME is a release (bookworm), with Debian's name of a kernel for another architecture (trixie-arm64-16k), or with the
 # release that the kernel is from (trixie-sid). It is unpacked once, into a folder of the cache, and mounted read-only
-# in the guest, with this repository beside it. There tests/guest.py runs. All is emulated in software: /dev/kvm is not
+# in the guest, with this repository beside it. There guest.py runs. All is emulated in software: /dev/kvm is not
 # needed, and times mean nothing. MODES chooses among guest.py's; without it, peers.py runs as well. The tables and what
 # was wrong are printed once more at the end.
 set -eu
 
-repo=$(cd "$(dirname "$0")/.." && pwd)
+repo=$(cd "$(dirname "$0")/../.." && pwd)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/tcp-tracers
 limit=1500              # seconds a guest may take
 
@@ -70,7 +70,7 @@ make_initrd() {         # make_initrd ROOT VERSION FOLDER: mounts the two folder
         how=trans=virtio,version=9p2000.L,msize=512000,cache=loose,ro
         echo "/bin/busybox mount -t 9p -o $how root /root"
         echo "/bin/busybox mount -t 9p -o $how repo /root/mnt"
-        echo 'exec /bin/busybox switch_root /root /bin/sh /mnt/tests/kernels.sh guest'
+        echo 'exec /bin/busybox switch_root /root /bin/sh /mnt/tests/kernels/kernels.sh guest'
     } >"$3/init"
     chmod +x "$3/init"
     (cd "$3" && find . | cpio --quiet -o -H newc | gzip -1)
@@ -132,14 +132,15 @@ guest() {               # in the guest, as its first process
     mount -t securityfs securityfs /sys/kernel/security
     ip link set lo up
     echo "guest: started $(uname -r)"
-    cd /mnt/tests
-    export PYTHONPATH=/mnt:/mnt/tests PYTHONPYCACHEPREFIX=/tmp/pycache SLOW=8 CLOCK_MAY_BE_SET=yes HOME=/tmp LANG=C
+    cd /mnt/tests/kernels
+    PYTHONPATH=/mnt$(printf ':%s' /mnt/tests/*/)
+    export PYTHONPATH PYTHONPYCACHEPREFIX=/tmp/pycache SLOW=8 CLOCK_MAY_BE_SET=yes HOME=/tmp LANG=C
     modes=$(sed -n 's/.*modes=\([^ ]*\).*/\1/p' /proc/cmdline | tr , ' ')
     status=0
     # shellcheck disable=SC2086     # a list
     python3 -W ignore guest.py $modes || status=$?
     if [ -z "$modes" ]; then
-        python3 -W ignore peers.py || status=$?
+        python3 -W ignore ../peers/peers.py || status=$?
         python3 -W ignore guest.py lockdown || status=$?
     fi
     echo "guest: exit status $status"

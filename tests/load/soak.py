@@ -3,10 +3,10 @@
 
 usage: soak.py [-r RATE] SECONDS
 
-The load: churn.c at RATE connections a second, with it the rounds of workload.py one after the other, and now and then
-a crowd of 2,000 connections that are open at once. In the end every tool's lines are compared with what the load itself
-has counted. Prints a row a check; exit status 1 if one fails. A state change that the kernel has not shown to any
-program (live.Unseen) may be missing, no other; and tcplife has to tell it.
+The load: connload.c at RATE connections per second, with it the rounds of workload.py one after the other, and now and
+then a crowd of 2,000 connections that are open at once. In the end every tool's lines are compared with what the load
+itself has counted. Prints a row per check; exit status 1 if one fails. A state change that the kernel has not shown to
+any program (live.Unseen) may be missing, no other; and tcplife has to report it.
 """
 import argparse
 import collections
@@ -23,7 +23,7 @@ import test_tcplife
 import test_tcpv4connect
 import workload
 
-ADDRESS = "127.0.0.7"           # one of the 64 of churn.c: every state change would be more than a disk holds
+ADDRESS = "127.0.0.7"           # one of the 64 of connload.c: every state change would be more than a disk holds
 MAPS = {"tcplife": "sessions", "deeptcptracer": "owners"}
 
 
@@ -107,7 +107,7 @@ def compare(check, tracers, made, log, visits, left):
 
 def main():
     parser = argparse.ArgumentParser(description="All five tools at once under a mixed load for a long time.")
-    parser.add_argument("-r", "--rate", type=int, default=300, help="connections a second of churn.c")
+    parser.add_argument("-r", "--rate", type=int, default=300, help="connections a second of connload.c")
     parser.add_argument("seconds", type=float)
     args = parser.parse_args()
     test_tcplife.MS = 200               # the processes that log wait for a CPU

@@ -1,7 +1,7 @@
 #!/bin/sh
 # bcc's own tools with the types of btfheaders.py. The table in its man page is what bpfcc.sh prints.
-# shellcheck source=tests/tap.sh disable=SC2031
-. "$(dirname "$0")/tap.sh"
+# shellcheck source=tests/lib/tap.sh disable=SC2031
+. "$(dirname "$0")/../lib/tap.sh"
 
 # nfsslower looks at a type of the module nfs, which is not in the BTF of vmlinux.
 known='nfsslower'
@@ -17,7 +17,7 @@ works() {           # works TOOL RESULT
 if [ ! -e /sys/kernel/btf/vmlinux ] || ! command -v tcpconnect-bpfcc >/dev/null; then
     skip "bcc's own tools" "needs BTF and bpfcc-tools"
 else
-    sh tests/bpfcc.sh >"$tmp/table"
+    sh tests/peers/bpfcc.sh >"$tmp/table"
     while read -r tool result; do
         check "$tool ($result)" works "$tool" "$result"
     done <"$tmp/table"

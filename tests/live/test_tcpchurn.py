@@ -221,3 +221,22 @@ class Truth(unittest.TestCase):
         result = subprocess.run([live.PYTHON, live.ROOT / "tcpchurn.py", str(pid)], capture_output=True, text=True,
                                 check=False)
         self.assertEqual((result.returncode, result.stderr), (1, "tcpchurn: no such process: %d\n" % pid))
+
+    def test_process_that_ends_while_the_tool_starts(self):
+        with subprocess.Popen(["sleep", "60"]) as process:
+            tracer = live.Tracer("tcpchurn", process.pid, before="""
+import os
+import time
+load = tcpchurn.load
+def load_late(args):
+    os.kill(args.pid, 9)
+    while os.path.exists("/proc/%d" % args.pid):
+        time.sleep(0.01)
+    return load(args)
+tcpchurn.load = load_late
+""")
+            tracer.start()
+            process.wait()
+            status = tracer.process.wait(live.START)
+            tracer.err.seek(0)
+            self.assertEqual((status, tracer.err.read()), (0, "tcpchurn: process %d has ended\n" % process.pid))

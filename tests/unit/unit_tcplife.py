@@ -17,10 +17,12 @@ LOOPBACK = bytes(10) + b"\xff\xff\x7f\0\0\1"
 IPV6 = bytes.fromhex("20010db8000000000000000000000001")
 
 
-def record(comm=b"curl", pid=42, laddr=LOOPBACK, raddr=LOOPBACK, died=3 * 10 ** 9 + 500):
-    born, tx, rx = 10 ** 9, 3000, 1023
+def record(comm=b"curl", pid=42, laddr=LOOPBACK, raddr=LOOPBACK, born=10 ** 9, ready=0, died=3 * 10 ** 9 + 500,
+           role="connect", srtt=0, end="local", err=0):
+    tx, rx, retrans = 3000, 1023, 7
     return tcplife.RECORD.unpack(tcplife.RECORD.pack(
-        born, died, tx, rx, struct.pack("=I16s", pid, comm), 4026531840, laddr, raddr, 5555, 80))
+        born, ready, struct.pack("=I16s", pid, comm), tcplife.ROLES.index(role), died, tx, rx, 4026531840, laddr, raddr,
+        5555, 80, srtt, retrans, tcplife.ENDS.index(end), err))
 
 
 def line(*options, **fields):
@@ -45,7 +47,7 @@ class Output(unittest.TestCase):
         self.assertEqual(words[2:5], ["6", "1011:1213:1415:1617:1819:1a1b:1c1d:1e1f", "5555"])
 
     def test_columns_of_every_form(self):
-        for options in ([], ["-w"], ["-t"], ["-T"], ["-wtT"]):
+        for options in ([], ["-w"], ["-t"], ["-T"], ["-x"], ["-wx"], ["-wtT"]):
             names = tcplife.header(tcplife.parse_args(options)).split()
             self.assertEqual(len(names), len(line(*options).split()), options)
         self.assertEqual(names[:5], ["TIME", "TIME(s)", "PID", "COMM", "IP"])
@@ -61,7 +63,36 @@ class Output(unittest.TestCase):
         self.assertEqual(json.loads(line("--json", raddr=IPV6, laddr=IPV6)), {
             "ts": 3.000001, "pid": 42, "comm": "curl", "ip": 6,
             "laddr": "2001:db8::1", "lport": 5555, "raddr": "2001:db8::1", "rport": 80,
-            "tx_bytes": 3000, "rx_bytes": 1023, "ms": 2000.0005, "netns": 4026531840})
+            "tx_bytes": 3000, "rx_bytes": 1023, "ms": 2000.0005, "netns": 4026531840,
+            "role": "connect", "end": "local", "err": None, "connect_ms": None, "accept_ms": None, "srtt_us": None,
+            "retrans": 7, "partial": False})
+
+    def test_waits(self):
+        for role, waits in (("connect", (250, None)), ("accept", (None, 250)), (None, (None, None))):
+            value = json.loads(line("--json", role=role, ready=1250000000, srtt=8001))
+            self.assertEqual((value["role"], value["connect_ms"], value["accept_ms"]), (role, *waits))
+            self.assertEqual(value["srtt_us"], 1000)
+
+    def test_how_it_ended(self):
+        for end, err, columns in (("both", 0, "both both None"), ("abort", 104, "reset reset ECONNRESET"),
+                                  ("quit", 110, "timeout timeout ETIMEDOUT"), ("abort", 71, "EPROTO None EPROTO"),
+                                  ("abort", 9999, "9999 None 9999"), (None, 0, "N/A None None")):
+            value, column = json.loads(line("--json", end=end, err=err)), line("-x", end=end, err=err).split()[-1]
+            self.assertEqual("%s %s %s" % (column, value["end"], value["err"]), columns)
+
+    def test_extra_columns(self):
+        self.assertEqual(tcplife.header(tcplife.parse_args(["-x"])).split()[-6:],
+                         ["MS", "ROLE", "CONN_MS", "RTT_MS", "RETR", "END"])
+        self.assertEqual(line("-x", ready=10 ** 9 + 1234567, srtt=8 * 2345).split()[-6:],
+                         ["2000.00", "connect", "1.23", "2.35", "7", "local"])
+        self.assertEqual(line("-xs", role=None, born=0), "42,curl,4,127.0.0.1,5555,127.0.0.1,80,2,0,>1000.00,N/A,N/A,"
+                                                         "N/A,7,local\n")
+
+    def test_session_from_before_the_start(self):
+        self.assertEqual(line(born=0, role=None).split()[-1], ">1000.00")
+        self.assertEqual(line(born=0, role=None, died=1).split()[-1], ">0.00")
+        value = json.loads(line("--json", born=0, role=None))
+        self.assertEqual((value["partial"], value["ms"], value["role"]), (True, 1000.0005, None))
 
     def test_unknown_owner(self):
         value = json.loads(line("--json", pid=0, comm=b""))

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Each tool in turn, on connections that are made here over loopback; ends by itself after some seconds.
-cd "$(dirname "$0")/.." || exit 1
+cd "$(dirname "$0")/../.." || exit 1
 python=${PYTHON:-/usr/bin/python3}
 failed=$(mktemp) && trap 'rm -f "$failed"' EXIT
 
@@ -11,7 +11,7 @@ show() {        # show TOOL [OPTION...]: its first lines while connections come 
     { "$python" "./$tool.py" --duration 4 "$@" || echo "$tool" >>"$failed"; } | head -n 16 &
     tracer=$!
     sleep 2
-    "$python" tests/workload.py client_close server_reset refused >/dev/null
+    "$python" tests/lib/workload.py client_close server_reset refused >/dev/null
     wait "$tracer"
 }
 

@@ -1,14 +1,14 @@
 #!/bin/sh
 # What can be said of the files without running them.
-# shellcheck source=tests/tap.sh disable=SC2031
-. "$(dirname "$0")/tap.sh"
+# shellcheck source=tests/lib/tap.sh disable=SC2031
+. "$(dirname "$0")/../lib/tap.sh"
 
 short_lines() {
-    awk 'length > 120 {print FILENAME ":" FNR; bad = 1} END {exit bad}' ./*.py tests/* Makefile
+    awk 'length > 120 {print FILENAME ":" FNR; bad = 1} END {exit bad}' ./*.py tests/*/*.* Makefile
 }
 
 runs_on_39() {      # no syntax newer than the oldest Python the tools promise
-    .venv/bin/ruff check --select E9 --target-version py39 ./*.py tests/*.py
+    .venv/bin/ruff check --select E9 --target-version py39 ./*.py tests/*/*.py
 }
 
 options_documented() {
@@ -36,11 +36,11 @@ mandoc_clean() {
 
 check "ruff" .venv/bin/ruff check --quiet .
 check "Python 3.9 syntax" runs_on_39
-check "shellcheck" shellcheck -x tests/*.sh tests/*.t .ci/run
+check "shellcheck" shellcheck -x tests/*/*.sh tests/*/*.t tests/lib/python .ci/run
 check "no line over 120 columns" short_lines
 check "no file over 500 kB" no_large_file
 # shellcheck disable=SC2046     # one word a tool
-check "a function has the same text in all tools" "$python" tests/same.py $(make -s tools | sed 's/\>/.py/g')
+check "a function has the same text in all tools" "$python" tests/static/same.py $(make -s tools | sed 's/\>/.py/g')
 check "tcp-tracers(7): the man page is sound" mandoc_clean man/man7/tcp-tracers.7
 for tool in $(make -s tools); do
     check "$tool: the man page is sound" mandoc_clean "man/man8/$tool.8"

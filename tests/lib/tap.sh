@@ -2,7 +2,7 @@
 # shellcheck shell=sh
 
 checks=0
-cd "$(dirname "$0")/.." || exit 1
+cd "$(dirname "$0")/../.." || exit 1
 python=${PYTHON:-/usr/bin/python3}
 tmp=$(mktemp -d) && trap 'rm -rf "$tmp"' EXIT
 chmod 755 "$tmp"

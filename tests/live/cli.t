@@ -2,8 +2,8 @@
 # The tools as commands: failures, signals, surroundings. What they refuse as arguments: unit_arguments.py.
 #
 # usage: cli.t [TOOL ...]
-# shellcheck source=tests/tap.sh disable=SC2016,SC2031,SC2145,SC2312
-. "$(dirname "$0")/tap.sh"
+# shellcheck source=tests/lib/tap.sh disable=SC2016,SC2031,SC2145,SC2312
+. "$(dirname "$0")/../lib/tap.sh"
 
 # exits STATUS PATTERN COMMAND...: that exit status, and all of stderr is one line that matches (or argparse's usage)
 exits() {

@@ -3,10 +3,10 @@
 
 usage: bench.py [-n PAIRS] [-c CONNECTIONS] [--tools DIR] [--beside DIR] [TOOL ...]
 
-For each tool, PAIRS times: the load (churn.c, two client threads, as fast as it goes) untraced, traced, and untraced
-again. The tool of another checkout (--beside) and the peers take turns with it. One more run with BPF statistics on
-gives the time in the kernel; they slow every run, so it is not timed. One more at 1,000 connections a second gives the
-CPU that the tool takes then.
+For each tool, PAIRS times: the load (connload.c, two client threads, as fast as the machine allows) untraced, traced,
+and untraced again. The tool of another checkout (--beside) and the peers take turns with it. One more run with BPF
+statistics on gives the time in the kernel; they slow every run, so it is not timed. One more at 1,000 connections per
+second gives the CPU that the tool takes then.
 
     kept   load while traced / mean of the load before and after, median of the pairs, and their range
     peer   kept of our tool / kept of this one
@@ -178,7 +178,7 @@ def main():
     parser.add_argument("tools", nargs="*", default=list(TOOLS), metavar="TOOL")
     args = parser.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)    # a background job ignores it, and so would the tools
-    source = pathlib.Path(__file__).resolve().parent / "churn.c"
+    source = live.ROOT / "tests/lib/connload.c"
     subprocess.run(["cc", "-O2", "-pthread", "-o", BIN, source], check=True)
     shutil.rmtree(TREE, ignore_errors=True)
     subprocess.run([live.ROOT / "btfheaders.py", TREE], check=True)

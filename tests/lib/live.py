@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 PYTHON = os.environ.get("PYTHON", "/usr/bin/python3")
 TOOLS = os.environ.get("TOOLS", str(ROOT))                      # the folder where the tools stand
 OPTIONS = os.environ.get("TOOL_OPTIONS", "").split()            # what every tool is started with
@@ -179,7 +179,9 @@ class Unseen:
     """
 
     instance = "/sys/kernel/tracing/instances/tcp-tracers-test-%d" % os.getpid()
+    events = "sock/inet_sock_set_state", "tcp/tcp_retransmit_skb"
     change = re.compile(r" ([0-9.]+): inet_sock_set_state: .* sport=(\d+) dport=(\d+) .* newstate=TCP_(\w+)")
+    again = re.compile(r" tcp_retransmit_skb: (?!.* err=-)(?:.* )?sport=(\d+) dport=(\d+) ")     # err: nothing was sent
 
     def __init__(self, tracer):
         self.tracer, self.count, self.trace = tracer, 0, ""
@@ -206,12 +208,14 @@ class Unseen:
         os.makedirs(self.instance, exist_ok=True)
         self.before = self.runs()
         self.write("trace_clock", "mono")
-        self.write("events/sock/inet_sock_set_state/enable", "1")
+        for event in self.events:
+            self.write("events/%s/enable" % event, "1")
         return self
 
     def __exit__(self, *_):
         time.sleep(0.05)
-        self.write("events/sock/inet_sock_set_state/enable", "0")
+        for event in self.events:
+            self.write("events/%s/enable" % event, "0")
         after = self.runs()
         traced = sum(int(count) for path in pathlib.Path(self.instance).glob("per_cpu/*/stats")
                      for count in re.findall("(?:entries|overrun): ([0-9]+)", path.read_text()))
@@ -219,7 +223,7 @@ class Unseen:
         os.rmdir(self.instance)
         os.close(self.stats)
         if after is not None:
-            self.count = max(0, traced - (after - self.before))
+            self.count = max(0, traced - self.trace.count(" tcp_retransmit_skb: ") - (after - self.before))
 
     def times(self):
         """{(lport, rport, new state): [CLOCK_MONOTONIC seconds, ...]} of what the kernel traced last."""
@@ -227,6 +231,10 @@ class Unseen:
         for seconds, lport, rport, state in self.change.findall(self.trace):
             times[int(lport), int(rport), state].append(float(seconds))
         return times
+
+    def retransmissions(self):
+        """{(lport, rport): how many segments of it the kernel sent again}"""
+        return collections.Counter((int(lport), int(rport)) for lport, rport in self.again.findall(self.trace))
 
 
 def by_timer(test):
@@ -246,7 +254,10 @@ def by_timer(test):
 
 
 class Namespaces:
-    """Two network namespaces with a veth pair between them; names and the server's addresses."""
+    """Two network namespaces with a veth pair between them; names and the server's addresses.
+
+    From the client's, the networks 10.78.0.0/24 and fd78::/64 are unreachable: the server's says so.
+    """
 
     client, server = ("tcpt-%s-%d" % (side, os.getpid()) for side in ("client", "server"))
     hosts = "10.77.0.2", "fd77::2"
@@ -260,7 +271,12 @@ class Namespaces:
                 "-n %s addr add fd77::1/64 dev veth0 nodad" % self.client,
                 "-n %s addr add fd77::2/64 dev veth0 nodad" % self.server,
                 "-n %s link set veth0 up" % self.client, "-n %s link set veth0 up" % self.server,
-                "-n %s link set lo up" % self.client, "-n %s link set lo up" % self.server):
+                "-n %s link set lo up" % self.client, "-n %s link set lo up" % self.server,
+                "netns exec %s sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1" % self.server,
+                "-n %s route add 10.78.0.0/24 via 10.77.0.2" % self.client,
+                "-n %s route add fd78::/64 via fd77::2" % self.client,
+                "-n %s route add unreachable 10.78.0.0/24" % self.server,
+                "-n %s route add unreachable fd78::/64" % self.server):
             subprocess.run(["ip"] + command.split(), check=True)
         return self
 
@@ -279,13 +295,13 @@ class Namespaces:
 
 
 class Churn:
-    """The load of churn.c, compiled once: churn.run(connections, threads, rate) is the rate it reached."""
+    """The load of connload.c, compiled once: churn.run(connections, threads, rate) is the rate it reached."""
 
     def __init__(self, namespace=None):
         self.folder = tempfile.TemporaryDirectory()
         self.binary = os.path.join(self.folder.name, "churn")
         self.command = ["ip", "netns", "exec", namespace, self.binary] if namespace else [self.binary]
-        subprocess.run(["cc", "-O2", "-pthread", "-o", self.binary, ROOT / "tests/churn.c"], check=True)
+        subprocess.run(["cc", "-O2", "-pthread", "-o", self.binary, ROOT / "tests/lib/connload.c"], check=True)
 
     def start(self, *numbers):
         return subprocess.Popen([*self.command, *map(str, numbers)], stdout=subprocess.PIPE, text=True)

@@ -8,7 +8,8 @@ as one JSON object a session end:
 
     scenario, role ("client" or "server"), pid, comm, ip (4 or 6), laddr, lport, raddr, rport, sent, received (bytes),
     netns (inode), born, died (each a pair of CLOCK_MONOTONIC seconds between which it happened), failed (errno name or
-    null, of a connect() that did not succeed)
+    null, of a connect() that did not succeed), connected (seconds that connect() took, as a pair), accepted (a
+    pair of CLOCK_MONOTONIC seconds, around accept()), end (how: see ENDS_OF), err (errno name or null)
 
 v4-mapped addresses are logged as IPv4, which is what goes over the wire.
 """
@@ -23,6 +24,7 @@ import os
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import tempfile
 import threading
@@ -30,6 +32,7 @@ import time
 
 REQUEST, REPLY = 1000, 3000             # bytes
 PAUSE = 0.06                            # seconds: longer than a delayed ACK
+CLOSE, CLOSING = 7, 11                  # include/net/tcp_states.h
 WORKERS = 3
 SLOW = float(os.environ.get("SLOW", "1"))               # how much slower this machine is than a real one
 TIMEOUT = 20 * SLOW                     # seconds after which a scenario that hangs is given up
@@ -112,6 +115,26 @@ def reset(sock):
     sock.close()
 
 
+FILTER = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))         # keeps 0 bytes of a packet
+
+
+def deaf(sock):
+    """What comes to this socket from now on is dropped."""
+    attach_filter = 26
+    sock.setsockopt(socket.SOL_SOCKET, attach_filter, struct.pack("HxxxxxxP", 1, ctypes.addressof(FILTER)))
+
+
+def hear(sock):
+    detach_filter = 27
+    sock.setsockopt(socket.SOL_SOCKET, detach_filter, 0)
+
+
+def await_state(sock, *states):
+    """Return once the socket is in one of these states (include/net/tcp_states.h)."""
+    while sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] not in states:
+        time.sleep(0.01)
+
+
 def send(sock, count):
     sock.sendall(b"x" * count)
     return count
@@ -126,7 +149,7 @@ def receive(sock, count=None):
             if not data:
                 break
             total += len(data)
-    except ConnectionResetError:
+    except OSError:             # reset, aborted or timed out
         pass
     return total
 
@@ -149,12 +172,15 @@ def connect(run, port):
     sock = socket.socket(run.client_family, socket.SOCK_STREAM)
     began = now()
     sock.connect((run.connect_to, port))
-    return sock, dict(identity(), born=[began, now()], failed=None, sent=0, received=0, **endpoints(sock))
+    ended = now()
+    return sock, dict(identity(), born=[began, ended], connected=[ended - began] * 2, failed=None, sent=0, received=0,
+                      **endpoints(sock))
 
 
 def accept(listener, how):
+    began = now()
     sock = how(listener)
-    return sock, dict(identity(), failed=None, sent=0, received=0, **endpoints(sock))
+    return sock, dict(identity(), accepted=[began, now()], failed=None, sent=0, received=0, **endpoints(sock))
 
 
 def client(run, port, ending):
@@ -215,12 +241,13 @@ def listen(run):
     return listener
 
 
-def start_server(run, work, *args):
+def start_server(run, work, *args, prepare=lambda listener: None):
     """Fork a process that listens and then runs work(listener, *args); its PID and port."""
     reader, writer = os.pipe()
 
     def server():
         with listen(run) as listener:
+            prepare(listener)
             os.write(writer, b"%d\n" % listener.getsockname()[1])
             work(listener, *args)
     pid = spawn("srv-" + run.scenario[:11], run.server_ns, server)
@@ -290,10 +317,13 @@ def early(run):
         def server(listener):
             os.read(reader, 1)
             time.sleep(PAUSE)
+            began = now()
             sock = listener.accept()[0]
+            accepted = [began, now()]
             seen = json.loads(os.read(addresses, 4096))
-            record = dict(identity(), failed=None, sent=0, ip=seen["ip"], laddr=seen["raddr"], lport=seen["rport"],
-                          raddr=seen["laddr"], rport=seen["lport"], received=receive(sock) or REQUEST)
+            record = dict(identity(), accepted=accepted, failed=None, sent=0, ip=seen["ip"], laddr=seen["raddr"],
+                          lport=seen["rport"], raddr=seen["laddr"], rport=seen["lport"],
+                          received=receive(sock) or REQUEST)
             finish(run, "server", sock, record, socket.socket.close)
         pid, port = start_server(run, server)
         wait(spawn("cli-" + run.scenario, run.client_ns, visitor, port), pid)
@@ -321,24 +351,188 @@ def unaccepted(run):
         wait(spawn("cli-unaccepted", run.client_ns, visitor, port), pid)
 
 
+def attempt(run, address, how):
+    """Log a connection that how(sock, address) tries and that comes to nothing."""
+    sock = socket.socket(run.client_family, socket.SOCK_STREAM)
+    sock.bind(("", 0))          # so that its port is known
+    port, began, failed = sock.getsockname()[1], now(), None
+    try:
+        how(sock, address)
+    except OSError as error:
+        failed = errno.errorcode[error.errno]
+    remote = address[0].replace("::ffff:", "")
+    run.write(role="client", born=[began, began], died=[began, now()], failed=failed, sent=0, received=0,
+              ip=6 if ":" in remote else 4, laddr=None, lport=port, raddr=remote, rport=address[1], **identity())
+    sock.close()
+
+
+def attempts(how):
+    """A scenario in which a client tries how(sock, address) where somebody listens but hears nothing."""
+    def scenario(run):
+        server, port = start_server(run, lambda listener: signal.pause(), prepare=deaf)
+        wait(spawn("cli-" + run.scenario[:11], run.client_ns, attempt, run, (run.connect_to, port), how))
+        os.kill(server, signal.SIGKILL)
+        wait(server)
+    return scenario
+
+
+def time_out(sock, address):
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 700)           # milliseconds
+    sock.connect(address)
+
+
+def give_up(sock, address):
+    sock.setblocking(False)
+    sock.connect_ex(address)
+    time.sleep(PAUSE)
+    sock.close()
+
+
 def refused(run):
-    """Nobody listens. The socket is bound, so that the local address is known."""
-    def visitor(port):
-        sock = socket.socket(run.client_family, socket.SOCK_STREAM)
-        sock.bind(("", 0))
-        began, failed = now(), None
-        try:
-            sock.connect((run.connect_to, port))
-        except OSError as error:
-            failed = errno.errorcode[error.errno]
-        remote = run.connect_to.replace("::ffff:", "")
-        run.write(role="client", born=[began, began], died=[began, now()], failed=failed, sent=0, received=0,
-                  ip=6 if ":" in remote else 4, laddr=None, lport=sock.getsockname()[1], raddr=remote, rport=port,
-                  **identity())
-        sock.close()
+    """Nobody listens."""
     pid, port = start_server(run, lambda listener: None)
     wait(pid)
-    wait(spawn("cli-refused", run.client_ns, visitor, port))
+    wait(spawn("cli-refused", run.client_ns, attempt, run, (run.connect_to, port), socket.socket.connect))
+
+
+def unreachable(run):
+    """The server's host has no route to this network, and says so."""
+    address = run.connect_to.replace("77", "78"), 9
+    wait(spawn("cli-unreachable", run.client_ns, attempt, run, address, socket.socket.connect))
+
+
+def together(server_side, client_side, prepare=lambda listener: None):
+    """A scenario of a server and a client that wait for each other's steps.
+
+    server_side(run, listener, step, wait_for) and client_side(run, port, step, wait_for): step() says that this side
+    has come so far, wait_for() waits for the other's step().
+    """
+    def scenario(run):
+        with pipe() as (client_reader, server_writer), pipe() as (server_reader, client_writer):
+            server, port = start_server(
+                run, lambda listener: server_side(run, listener, lambda: os.write(server_writer, b"x"),
+                                                  lambda: os.read(server_reader, 1)), prepare=prepare)
+            wait(spawn("cli-" + run.scenario[:11], run.client_ns, client_side, run, port,
+                       lambda: os.write(client_writer, b"x"), lambda: os.read(client_reader, 1)), server)
+    return scenario
+
+
+def open_client(run, port):
+    sock, record = connect(run, port)
+    record.update(sent=send(sock, REQUEST), received=receive(sock, REPLY))
+    return sock, record
+
+
+def open_server(run, listener):
+    sock, record = accept(listener, lambda listener: listener.accept()[0])
+    record.update(received=receive(sock, REQUEST), sent=send(sock, REPLY))
+    return sock, record
+
+
+def usual_client(run, port, *_):
+    client(run, port, "client_close")
+
+
+def slow_server(run, listener, *_):
+    """Hears the second SYN only, which the client sends after a second."""
+    time.sleep(5 * PAUSE)
+    hear(listener)
+    serve(run, listener, "client_close")
+
+
+def late_server(run, listener, *_):
+    time.sleep(5 * PAUSE)
+    serve(run, listener, "client_close")
+
+
+def reset_server(run, listener, *_):
+    """The client ends it by a RST."""
+    sock, record = open_server(run, listener)
+    receive(sock)
+    await_state(sock, CLOSE)
+    finish(run, "server", sock, record, socket.socket.close)
+
+
+def unread_client(run, port, *_):
+    """Has not read the reply when it closes."""
+    sock, record = connect(run, port)
+    record.update(sent=send(sock, REQUEST), received=REPLY)
+    time.sleep(PAUSE)
+    finish(run, "client", sock, record, socket.socket.close)
+
+
+def unread_after_shutdown(run, port, *_):
+    sock, record = connect(run, port)
+    record.update(sent=send(sock, REQUEST), received=REPLY)
+    time.sleep(PAUSE)
+    sock.shutdown(socket.SHUT_WR)
+    time.sleep(PAUSE)
+    finish(run, "client", sock, record, socket.socket.close)
+
+
+def killed_client(run, port, *_):
+    """Somebody ends it by `ss -K`."""
+    sock, record = open_client(run, port)
+    time.sleep(PAUSE)
+    finish(run, "client", sock, record, lambda sock: subprocess.run(
+        ["ss", "-tK", "sport = :%d and dport = :%d" % (record["lport"], record["rport"])], check=True,
+        stdout=subprocess.DEVNULL))
+
+
+def late_talker(run, listener, *_):
+    """Sends to a client that has closed."""
+    sock, record = open_server(run, listener)
+    receive(sock)
+    time.sleep(PAUSE)
+    finish(run, "server", sock, record, lambda sock: (sock.send(b"x"), await_state(sock, CLOSE)))
+
+
+def unheard_client(run, port, step, wait_for):
+    """Sends what is never acknowledged."""
+    sock, record = open_client(run, port)
+    wait_for()
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 500)           # milliseconds
+    sock.send(b"x")
+    finish(run, "client", sock, record, receive)
+    step()
+
+
+def unhearing_server(run, listener, step, wait_for):
+    sock, record = open_server(run, listener)
+    time.sleep(PAUSE)
+    deaf(sock)
+    step()
+    wait_for()
+    hear(sock)
+    finish(run, "server", sock, record, lambda sock: (sock.shutdown(socket.SHUT_WR), await_state(sock, CLOSE)))
+
+
+def crossing_client(run, port, step, wait_for):
+    """Both send their FIN before they hear the other's."""
+    sock, record = open_client(run, port)
+    time.sleep(PAUSE)
+    deaf(sock)
+    step()
+    wait_for()
+    sock.shutdown(socket.SHUT_WR)
+    step()
+    wait_for()
+    hear(sock)
+    finish(run, "client", sock, record, lambda sock: await_state(sock, CLOSE))
+
+
+def crossing_server(run, listener, step, wait_for):
+    sock, record = open_server(run, listener)
+    time.sleep(PAUSE)
+    deaf(sock)
+    step()
+    wait_for()
+    wait_for()
+    sock.shutdown(socket.SHUT_WR)
+    hear(sock)
+    await_state(sock, CLOSING)
+    step()
+    finish(run, "server", sock, record, lambda sock: await_state(sock, CLOSE))
 
 
 def uring_accept(listener, direct=False):
@@ -382,12 +576,37 @@ def io_uring(run):
     wait(spawn("cli-io_uring", run.client_ns, client, run, port, "client_close"), pid)
 
 
-# Not of the usual round: a kernel may have no io_uring, and no way to trace it.
-SPECIAL = {"io_uring": io_uring}
 SCENARIOS = dict.fromkeys(("server_close", "client_close", "client_reset", "server_reset", "half_close", "client_exit",
                            "server_exit", "client_kill", "server_kill"), one_to_one)
 SCENARIOS.update(workers_close=workers, workers_reset=workers, threads=threads, early_close=early, early_reset=early,
                  unaccepted=unaccepted, refused=refused)
+# Not of the usual round: they take seconds.
+ENDS = {
+    "timeout": attempts(time_out),
+    "quit": attempts(give_up),
+    "slow_connect": together(slow_server, usual_client, prepare=deaf),
+    "late_accept": together(late_server, usual_client),
+    "unread": together(reset_server, unread_client),
+    "unread_shutdown": together(reset_server, unread_after_shutdown),
+    "killed": together(reset_server, killed_client),
+    "late_send": together(late_talker, usual_client),
+    "unheard": together(unhearing_server, unheard_client),
+    "both": together(crossing_server, crossing_client),
+}
+# Nor these: a kernel may have no io_uring, and no way to trace it; the other needs namespaces.
+SPECIAL = {"io_uring": io_uring, "unreachable": unreachable}
+
+# How a session ends for the client and for the server.
+ENDS_OF = {"server_close": "remote local", "client_close": "local remote", "client_reset": "abort reset",
+           "server_reset": "reset abort", "half_close": "local remote", "client_exit": "local remote",
+           "server_exit": "remote local", "client_kill": "local remote", "server_kill": "remote local",
+           "workers_close": "local remote", "workers_reset": "abort reset", "threads": "remote local",
+           "early_close": "local remote", "early_reset": "abort reset", "unaccepted": "reset abort",
+           "refused": "refused", "timeout": "timeout", "quit": "quit", "unreachable": "unreachable",
+           "slow_connect": "local remote", "late_accept": "local remote", "unread": "abort reset",
+           "unread_shutdown": "abort reset", "killed": "killed reset", "late_send": "local reset",
+           "unheard": "timeout reset", "both": "local both", "io_uring": "local remote"}
+ERRORS = {"reset": "ECONNRESET", "refused": "ECONNREFUSED", "timeout": "ETIMEDOUT", "killed": "ECONNABORTED"}
 
 
 def work(scenarios=tuple(SCENARIOS), rounds=1, **where):
@@ -402,7 +621,7 @@ def work(scenarios=tuple(SCENARIOS), rounds=1, **where):
             signal.alarm(0)
             for _ in range(rounds):
                 for scenario in scenarios:
-                    {**SCENARIOS, **SPECIAL}[scenario](Run(log, scenario, family, **where))
+                    {**SCENARIOS, **ENDS, **SPECIAL}[scenario](Run(log, scenario, family, **where))
         for pid in [spawn("family-" + family, None, one_family, family) for family in FAMILIES]:
             if os.waitpid(pid, 0)[1]:
                 raise RuntimeError("the workload has failed")
@@ -419,7 +638,13 @@ def sessions(log):
                         []).append(record)
     for records in ends.values():
         born = next(record["born"] for record in records if "born" in record)
-        if any(word in records[0]["scenario"] for word in ("reset", "unaccepted")):
+        for record in records:
+            scenario, server = record["scenario"], record["role"] == "server"
+            record["end"] = ENDS_OF[scenario].split()[server]
+            record["err"] = record["failed"] or ERRORS.get(record["end"])
+            if server and scenario in ("late_send", "unread_shutdown"):         # a RST after the peer's FIN
+                record["err"] = "EPIPE"
+        if any(word in records[0]["scenario"] for word in ("reset", "unaccepted", "unread", "killed")):
             first = [min(record["died"][moment] for record in records) for moment in (0, 1)]
             for record in records:
                 record.update(born=born, died=first)

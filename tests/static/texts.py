@@ -1,0 +1,101 @@
+#!/usr/bin/python3
+"""What the documents say, against each other and against the tools.
+
+usage: texts.py phrases FILE ... | messages TOOL ... | figures
+
+phrases: no phrase of phrases.txt is in these files. messages: whatever these tools print on standard error is in their
+manual pages. figures: the README's and the manual pages' figures are those of docs/benchmarks.md. Prints what is wrong;
+exit status 1 if anything is.
+"""
+import importlib
+import pathlib
+import re
+import subprocess
+import sys
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+
+
+def phrases(*paths):
+    """Returns where a phrase is, and what to write instead."""
+    wrong = []
+    for line in (HERE / "phrases.txt").read_text().splitlines():
+        if line.startswith("#"):
+            continue
+        pattern, instead = re.split(r"\t|  +", line, maxsplit=1)
+        for path in map(pathlib.Path, paths):
+            text = path.read_text(errors="replace")
+            for found in re.finditer(pattern, text, re.IGNORECASE):
+                line_number = text.count("\n", 0, found.start()) + 1
+                wrong.append("%s:%d: %r: %s" % (path, line_number, found[0], instead.strip()))
+    return wrong
+
+
+def page(name):
+    """Returns the text of a manual page on one line, with single spaces."""
+    text = subprocess.run(["mandoc", "-T", "ascii", ROOT / "man" / ("man" + name[-1]) / name], stdout=subprocess.PIPE,
+                          text=True, check=True).stdout
+    return " ".join(re.sub(".\b", "", text).split())
+
+
+def messages(*tools):
+    """Returns the messages that are in no DIAGNOSTICS."""
+    wrong = []
+    for tool in tools:
+        module = importlib.import_module(tool)
+        source = "".join(path.read_text() for path in (ROOT / (tool + ".py"), ROOT / "btfheaders.py"))
+        texts = [*module.LOSSES, *re.findall(r'"%s: (?!%)([^"\n]*)"', source)]
+        pages = page(tool + ".8") + page("tcp-tracers.7")
+        wrong += ["%s: in no manual page: %s" % (tool, text) for text in texts
+                  if max(re.split(r"%\w", text), key=len).strip(" :") not in pages]
+    return wrong
+
+
+def benchmarks():
+    """Returns the table of docs/benchmarks.md: {row: {column: text}}, a peer's row with that of the tool before it."""
+    text = (ROOT / "docs/benchmarks.md").read_text()
+    table = re.search(r"^ +kept .*\n((?:.+\n)+?)a system call", text, re.MULTILINE)[1]
+    columns, rows, tool = ["kept", "range", "peer", "ns", "each", "us", "1000", "RSS", "start", "lost"], {}, None
+    for line in table.splitlines():
+        name, values = line[:32].strip(), line[32:].split()
+        tool = tool if line.startswith(" ") else name
+        if len(values) == len(columns):
+            rows[tool if tool == name else (tool, name.split()[0])] = dict(zip(columns, values))
+    return rows
+
+
+def figures():
+    """Returns which figures are not those of docs/benchmarks.md."""
+    rows, wrong = benchmarks(), []
+
+    def expected(tool, column):
+        of = [rows[name] for name in (tool, (tool, "libbpf-tools"), (tool, "bpfcc-tools")) if name in rows]
+        values = [row[column] for row in of]
+        return ["%.0f" % (100 * float(value)) for value in values] if column == "kept" else values
+
+    readme = (ROOT / "README.md").read_text()
+    for tool, *cells in re.findall(r"^\| ([\w -]+?)(?: \(tcpstates\))? \| ([\d./ %]+) \| ([\d./ %]+) \| ([\d./ ]+) \|$",
+                                   readme, re.MULTILINE):
+        for column, cell in zip(("1000", "kept", "RSS"), cells):
+            if re.findall(r"[\d.]+", cell) != expected(tool, column):
+                wrong.append("README.md: %s, %s: %s, not %s" % (tool, column, cell, " / ".join(expected(tool, column))))
+    for tool in (name for name in rows if isinstance(name, str) and " " not in name):
+        text = page(tool + ".8")
+        for column, pattern in (("1000", r"per second it used ([\d.]+) %"), ("kept", r"ran at (\d+) %"),
+                                ("RSS", r"RSS was (\d+) MB")):
+            found = re.search(pattern, text)
+            if not found or found[1] != expected(tool, column)[0]:
+                wrong.append("%s(8): %s: %s, not %s" % (tool, column, found and found[1], expected(tool, column)[0]))
+    return wrong
+
+
+def main():
+    sys.path.insert(0, str(ROOT))
+    wrong = {"phrases": phrases, "messages": messages, "figures": figures}[sys.argv[1]](*sys.argv[2:])
+    print("\n".join(wrong))
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
