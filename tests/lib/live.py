@@ -194,7 +194,10 @@ class Unseen:
         """How often the busiest of the tool's raw tracepoint programs has run; None if it has none."""
         runs = []
         for path in pathlib.Path("/proc/%d/fdinfo" % self.tracer.process.pid).iterdir():
-            info = dict(line.split(":\t", 1) for line in path.read_text().splitlines() if ":\t" in line)
+            try:
+                info = dict(line.split(":\t", 1) for line in path.read_text().splitlines() if ":\t" in line)
+            except FileNotFoundError:       # the tool has closed it since
+                continue
             if info.get("prog_type") == "17":           # BPF_PROG_TYPE_RAW_TRACEPOINT
                 runs.append(int(info.get("run_cnt", 0)))
         return max(runs) if runs else None
