@@ -181,7 +181,7 @@ class Unseen:
     instance = "/sys/kernel/tracing/instances/tcp-tracers-test-%d" % os.getpid()
     events = "sock/inet_sock_set_state", "tcp/tcp_retransmit_skb"
     change = re.compile(r" ([0-9.]+): inet_sock_set_state: .* sport=(\d+) dport=(\d+) .* newstate=TCP_(\w+)")
-    again = re.compile(r" tcp_retransmit_skb: (?!.* err=-).* sport=(\d+) dport=(\d+) ")      # err: nothing was sent
+    again = re.compile(r" tcp_retransmit_skb: (?!.* err=-)(?:.* )?sport=(\d+) dport=(\d+) ")     # err: nothing was sent
 
     def __init__(self, tracer):
         self.tracer, self.count, self.trace = tracer, 0, ""
@@ -194,7 +194,10 @@ class Unseen:
         """How often the busiest of the tool's raw tracepoint programs has run; None if it has none."""
         runs = []
         for path in pathlib.Path("/proc/%d/fdinfo" % self.tracer.process.pid).iterdir():
-            info = dict(line.split(":\t", 1) for line in path.read_text().splitlines() if ":\t" in line)
+            try:
+                info = dict(line.split(":\t", 1) for line in path.read_text().splitlines() if ":\t" in line)
+            except FileNotFoundError:       # the tool has closed it since
+                continue
             if info.get("prog_type") == "17":           # BPF_PROG_TYPE_RAW_TRACEPOINT
                 runs.append(int(info.get("run_cnt", 0)))
         return max(runs) if runs else None

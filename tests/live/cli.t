@@ -194,7 +194,7 @@ for tool; do
     [ "$tool" = tcpchurn ] && set -- $$
     beside "$tool --help" exits 0 '' "./$tool" --help
     beside "$tool --help, and nobody reads it" no_reader "$tool" --help
-    beside "$tool --help >/dev/full" exits 1 'No space left' env PYTHONUNBUFFERED=1 \
+    beside "$tool --help >/dev/full" exits 1 'No space left' env -u PYTHONUNBUFFERED \
         sh -c './$0 --help >/dev/full' "$tool"
     beside "$tool --ebpf" prints_program "$tool" --ebpf "$@"
     beside "$tool --ebpf, and nobody reads it" no_reader "$tool" --ebpf "$@"

@@ -104,6 +104,13 @@ def close_in_order(family=socket.AF_INET):
                    ("tcp_set_state()", "LAST_ACK", "CLOSE", None)]}
 
 
+@provokes()
+def listener_closed():
+    with listen() as listener:
+        there = listener.getsockname()
+    return {(*there, "0.0.0.0", 0): [("tcp_set_state()", "LISTEN", "CLOSE", None)]}          # noqa: S104
+
+
 @provokes("tcp_reset", "sock_def_error_report")
 def reset_received():
     with pair() as (client, server):
@@ -304,7 +311,13 @@ def over_ipv6(scenario):
 TIMED = [connect_timeout, retransmission, zero_windows, retransmitted_fin, keepalive_failure]      # by timers
 BOTH = [close_in_order, reset_of_nobody, reset_by_linger, reset_by_unread_data, reset_of_data_after_close,
         reset_in_time_wait, close_wait]
-SCENARIOS = [reset_received, refused, half_close, *BOTH, *map(over_ipv6, BOTH), *TIMED]
+SCENARIOS = [listener_closed, reset_received, refused, half_close, *BOTH, *map(over_ipv6, BOTH), *TIMED]
+
+
+def provoke(scenarios):
+    """Play these scenarios side by side: [(scenario, what has to be seen of it), ...]."""
+    with concurrent.futures.ThreadPoolExecutor(len(scenarios)) as side_by_side:
+        return list(zip(scenarios, side_by_side.map(lambda scenario: scenario(), scenarios)))
 
 
 class Between:
@@ -408,18 +421,18 @@ class Events(unittest.TestCase):
                 if (line["saddr"], line["sport"], line["daddr"], line["dport"]) == endpoints}
 
     def play(self, scenarios):
-        with self.tracing("-m"), concurrent.futures.ThreadPoolExecutor(len(scenarios)) as side_by_side:
-            expected = list(side_by_side.map(lambda scenario: scenario(), scenarios))
-        for scenario, endpoints in zip(scenarios, expected):
+        with self.tracing("-m"):
+            played = provoke(scenarios)
+        for scenario, endpoints in played:
             self.assertEqual(difference(scenario, endpoints, self.tracer.objects), [])
-        return expected
+        return dict(played)
 
     def test_scenarios(self):
         self.play([scenario for scenario in SCENARIOS if scenario not in TIMED])
 
     @live.by_timer
     def test_scenarios_with_timers(self):
-        there, back = self.play(TIMED)[TIMED.index(retransmitted_fin)]
+        there, back = self.play(TIMED)[retransmitted_fin]
         events = [line[0] for line in self.seen(*there) + self.seen(*back)]
         self.assertEqual((events.count("tcp_send_fin()"), events.count("tcp_fin()")), (1, 1))
 
