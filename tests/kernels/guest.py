@@ -78,7 +78,9 @@ def make_sessions(scenarios):
     log = workload.sessions(workload.work(scenarios[:half]))
     if os.environ.get("CLOCK_MAY_BE_SET"):
         time.clock_settime(time.CLOCK_REALTIME, time.time() - 3600)
-    return log + workload.sessions(workload.work(scenarios[half:]))
+    log += workload.sessions(workload.work(scenarios[half:]))
+    with live.Namespaces() as namespaces:
+        return log + workload.sessions(workload.work([*workload.ENDS, "unreachable"], **namespaces.where))
 
 
 def differences(options, kprobes, log, life, expected, tracers):
