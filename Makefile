@@ -23,7 +23,7 @@ LOAD    = load_loss load_many
 PROVE   = PYTHON=$(PYTHON) prove --directives --failures --comments --timer --exec 'sh -c'
 DURATION ?= 1800
 PACKAGE_RELEASES = bookworm trixie
-KERNELS = bullseye bookworm trixie sid
+KERNELS = bullseye bookworm trixie sid trixie-sid bookworm-arm64 trixie-arm64-16k
 RUFF    = .venv/bin/ruff
 RUFF_VERSION = 0.17.6
 
@@ -73,7 +73,8 @@ deps-test: deps-demo
 	 $(call have,prove shellcheck mandoc col cc bpftool sysctl mount jq) || sh tests/setup/packages.sh test
 
 deps-kernels:
-	@$(call have,qemu-system-x86_64 mmdebstrap busybox cpio modprobe xz zstd) || sh tests/setup/packages.sh kernels
+	@$(call have,qemu-system-x86_64 qemu-system-aarch64 mmdebstrap busybox cpio modprobe xz zstd) || \
+	 sh tests/setup/packages.sh kernels
 
 deps-deb:
 	@$(call have,dh dh_python3 dpkg-buildpackage lintian) || sh tests/setup/packages.sh deb

@@ -3,13 +3,14 @@
 # deeptcptracer  Trace what happens to TCP connections: state changes, FIN, RST, retransmissions, errors, zero windows.
 #                For Linux, uses bcc, eBPF.
 #
-# usage: deeptcptracer [-h] [-p PID] [-t] [-K] [-s ADDRESS] [-d ADDRESS] [-S PORT] [-D PORT] [-N NETNS] [-e LIST | -R]
-#                      [-4 | -6] [--json] [--duration SECONDS] [--probes {tracepoint,kprobe}] [--ebpf] [--version]
+# usage: deeptcptracer [-h] [-p PID] [-t] [-m] [-K] [-s ADDRESS] [-d ADDRESS] [-S PORT] [-D PORT] [-N NETNS]
+#                      [-e LIST | -R] [-4 | -6] [--json] [--duration SECONDS] [--probes {tracepoint,kprobe}] [--ebpf]
+#                      [--version]
 #
 # Prints one line per event: the process that owns the socket, the local and the remote address, the TCP state, the
-# socket's error; with -K the kernel stack below it.
+# socket's error or the reason of a RST; with -m how long a state lasted, with -K the kernel stack below it.
 #
-# Traces the tracepoints sock:inet_sock_set_state, sock:inet_sk_error_report, tcp:tcp_receive_reset,
+# Traces the tracepoints sock:inet_sock_set_state, sock:inet_sk_error_report, tcp:tcp_receive_reset, tcp:tcp_send_reset,
 # tcp:tcp_retransmit_skb and tcp:tcp_probe, or the functions of these names where a kernel lacks one. Sent and received
 # FINs are derived from the state changes that go with them. Owners are known from connect(), accept() and close(), and
 # for sockets from before the start from /proc.
@@ -51,6 +52,7 @@ examples = """examples:
     ./deeptcptracer.py                  # trace all TCP events
     ./deeptcptracer.py -p 42            # only trace PID 42
     ./deeptcptracer.py -t               # include timestamps
+    ./deeptcptracer.py -m               # include how long states lasted
     ./deeptcptracer.py -K               # include kernel stacks
     ./deeptcptracer.py -d 10.0.0.0/8    # only trace this remote network
     ./deeptcptracer.py -D 80,443        # only trace these remote ports
@@ -61,26 +63,29 @@ examples = """examples:
 
 PROGRAM = "deeptcptracer"
 KERNEL = tuple(int(n) for n in re.findall("[0-9]+", os.uname().release)[:2])
-KERNEL_TYPES = ["tcp_sock", "net", "sk_buff", "tcphdr", "task_struct", "files_struct", "fdtable", "file",
-                "socket_alloc", "mptcp_sock"]
+KERNEL_TYPES = ["tcp_sock", "net", "net_device", "sk_buff", "iphdr", "ipv6hdr", "tcphdr", "task_struct",
+                "files_struct", "fdtable", "file", "socket_alloc", "mptcp_sock"]
 # As the kernel calls them; in the order of the enum in the C text.
 EVENTS = ["tcp_set_state()", "tcp_send_fin()", "tcp_fin()", "tcp_reset()", "tcp_retransmit_skb()",
-          "sock_def_error_report()", "tcp_ack()/win==0", "tcp_select_window()/win==0"]
+          "sock_def_error_report()", "tcp_ack()/win==0", "tcp_select_window()/win==0", "tcp_send_reset()"]
 STATES = ["", "ESTABLISHED", "SYN_SENT", "SYN_RECV", "FIN_WAIT1", "FIN_WAIT2", "TIME_WAIT", "CLOSE", "CLOSE_WAIT",
           "LAST_ACK", "LISTEN", "CLOSING", "NEW_SYN_RECV"]
+CA_STATES = ["Open", "Disorder", "CWR", "Recovery", "Loss"]
 MAX_SOCKETS = 1 << 18           # live sockets
 STACK_DEPTH = 48                # frames
 RING_PAGES = (16 << 20) // mmap.PAGESIZE if KERNEL >= (5, 8) else 0     # 16 MiB: 170,000 events without stacks
 PERF_PAGES = (1 << 20) // mmap.PAGESIZE         # per CPU, where there is no ring buffer
 HARMLESS = b"_second", b"_destroy"              # programs of these names lose nothing when they are skipped
 LOSSES = ["events lost: the ring buffer was full", "owners lost: the map of live sockets was full",
-          "events or owners lost: the kernel did not run the probe"]
+          "times lost: the map of socket states was full", "events or owners lost: the kernel did not run the probe"]
 # Frames on top of a stack that belong to the tracing itself; a BPF program has no name there.
 TRACING_FRAMES = re.compile(rb"_*bpf_|__traceiter_|_*trace_|_*do_trace|perf_|k(ret)?probe|aggr_|ftrace_|\[unknown\]")
 
 bpf_text = r"""
 #include <linux/fdtable.h>
 #include <linux/fs.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
 #include <linux/sched.h>
 #include <linux/skbuff.h>
 #include <linux/tcp.h>
@@ -95,8 +100,8 @@ bpf_text = r"""
     value;                                                                  \
 })
 
-enum { SET_STATE, SEND_FIN, FIN, RESET, RETRANSMIT, ERROR, ZERO_WINDOW_RECEIVED, ZERO_WINDOW_SENT };
-enum { LOST_EVENT, LOST_OWNER, RESCUED, COUNTERS };     /* as LOSSES above */
+enum { SET_STATE, SEND_FIN, FIN, RESET, RETRANSMIT, ERROR, ZERO_WINDOW_RECEIVED, ZERO_WINDOW_SENT, SEND_RESET };
+enum { LOST_EVENT, LOST_OWNER, LOST_TIME, RESCUED, COUNTERS };     /* as LOSSES above */
 
 struct owner {
     u32 pid;                    /* 0: not known */
@@ -114,14 +119,16 @@ struct event {                  /* as HEAD below; what belongs together in a lin
     u32 event;
     struct endpoint source, destination;
     s32 sk_err;
-    u8 which, oldstate, state, pad;     /* which: the event once more */
+    u8 which, oldstate, state, detail;  /* which: the event once more; detail: congestion state, or reason of a RST */
     u32 netns;
     s32 stack_size;             /* bytes */
+    u64 in_state[STATE_TIME];   /* ns in the old state; 0: not known */
     u64 stack[STACK_DEPTH];
 };
 
 BPF_HASH(owners, struct sock *, struct owner, MAX_SOCKETS);
 BPF_HASH(existing, u64, struct owner, MAX_SOCKETS);     /* of sockets from before the start, by inode */
+BPF_HASH(since, struct sock *, u64, STATE_TIME ? MAX_SOCKETS : 1);     /* ns: when it came into its state */
 BPF_ARRAY(lost, u64, COUNTERS);
 #if RING_PAGES
 BPF_RINGBUF_OUTPUT(events, RING_PAGES);
@@ -227,6 +234,16 @@ static inline struct owner *owner_of(struct sock *sk)
     return owners.lookup(&sk);
 }
 
+/* Returns how long the socket was in its old state. It starts in CLOSE: what is known then is of an older one. */
+static inline u64 time_in_state(struct sock *sk, int oldstate)
+{
+    u64 *then = since.lookup(&sk), now = bpf_ktime_get_ns(), ns = then && oldstate != TCP_CLOSE ? now - *then : 0;
+
+    if (since.update(&sk, &now))
+        count_lost(LOST_TIME);
+    return ns;
+}
+
 /* Only for use where the current process is known to be the one that uses the socket. */
 static inline void set_owner(struct owner *o)
 {
@@ -255,11 +272,57 @@ static inline void remember_owner(struct sock *sk)
         count_lost(LOST_OWNER);
 }
 
-static inline void emit(void *ctx, struct sock *sk, struct owner *o, u8 event, u8 oldstate, u8 state)
+/* Addresses and ports of a socket. Returns its network namespace. */
+static inline u32 sk_ends(struct sock *sk, bool is_new, struct endpoint *local, struct endpoint *peer)
+{
+    struct sock_common c;
+
+    bpf_probe_read_kernel(&c, sizeof(c), &sk->__sk_common);
+    /* inet_sport stays when a socket leaves the port's hash table before CLOSE, until another attempt to connect */
+    local->port = is_new ? c.skc_num : ntohs(READ((struct inet_sock *)sk, inet_sport));
+    peer->port = ntohs(c.skc_dport);
+    if (c.skc_family == AF_INET) {
+        local->address[3] = c.skc_rcv_saddr;
+        peer->address[3] = c.skc_daddr;
+    } else {
+        __builtin_memcpy(local->address, &c.skc_v6_rcv_saddr, sizeof(local->address));
+        __builtin_memcpy(peer->address, &c.skc_v6_daddr, sizeof(peer->address));
+    }
+    return READ(c.skc_net.net, ns.inum);
+}
+
+static inline struct tcphdr tcphdr_of(struct sk_buff *skb)
+{
+    struct tcphdr th;
+
+    bpf_probe_read_kernel(&th, sizeof(th), READ(skb, head) + READ(skb, transport_header));
+    return th;
+}
+
+/* The same of a segment received. sk: as in rst_sent() */
+static inline u32 skb_ends(struct sk_buff *skb, struct sock *sk, struct endpoint *local, struct endpoint *peer)
+{
+    void *ip = READ(skb, head) + READ(skb, network_header);
+    struct tcphdr th = tcphdr_of(skb);
+
+    local->port = ntohs(th.dest);
+    peer->port = ntohs(th.source);
+    if (READ(skb, protocol) == htons(ETH_P_IP)) {
+        local->address[3] = READ((struct iphdr *)ip, daddr);
+        peer->address[3] = READ((struct iphdr *)ip, saddr);
+    } else {
+        *(struct in6_addr *)local->address = READ((struct ipv6hdr *)ip, daddr);
+        *(struct in6_addr *)peer->address = READ((struct ipv6hdr *)ip, saddr);
+    }
+    return READ(sk ? READ(sk, __sk_common.skc_net.net) : READ(READ(skb, dev), nd_net.net), ns.inum);
+}
+
+/* skb: as in rst_sent(), else NULL */
+static inline void emit(void *ctx, struct sock *sk, struct sk_buff *skb, struct owner *o, u8 event, u8 oldstate,
+                        u8 state, u8 detail, u64 in_state)
 {
     struct endpoint source = {.address = {0, 0, htonl(0xffff), 0}}, destination = source;
     u64 ts = bpf_ktime_get_ns();
-    struct sock_common c;
     struct event small, *e = &small;
     int zero = 0;
     u32 netns;
@@ -267,18 +330,7 @@ static inline void emit(void *ctx, struct sock *sk, struct owner *o, u8 event, u
 
     if (FILTER_PID && (!o || o->pid != FILTER_PID))
         return;
-    bpf_probe_read_kernel(&c, sizeof(c), &sk->__sk_common);
-    netns = READ(c.skc_net.net, ns.inum);
-    /* inet_sport stays when a socket leaves the port's hash table before CLOSE, until another attempt to connect */
-    source.port = oldstate == TCP_CLOSE ? c.skc_num : ntohs(READ((struct inet_sock *)sk, inet_sport));
-    destination.port = ntohs(c.skc_dport);
-    if (c.skc_family == AF_INET) {
-        source.address[3] = c.skc_rcv_saddr;
-        destination.address[3] = c.skc_daddr;
-    } else {
-        __builtin_memcpy(source.address, &c.skc_v6_rcv_saddr, sizeof(source.address));
-        __builtin_memcpy(destination.address, &c.skc_v6_daddr, sizeof(destination.address));
-    }
+    netns = skb ? skb_ends(skb, sk, &source, &destination) : sk_ends(sk, oldstate == TCP_CLOSE, &source, &destination);
     ipv4 = IS_IPV4(destination.address);
     if ((FILTER_NETNS && netns != FILTER_NETNS) || (FILTER_IP && ipv4 != (FILTER_IP == 4)) ||
         !IS_WANTED_SPORT(source.port) || !IS_WANTED_DPORT(destination.port) ||
@@ -300,12 +352,14 @@ static inline void emit(void *ctx, struct sock *sk, struct owner *o, u8 event, u
     e->event = e->which = event;
     e->source = source;
     e->destination = destination;
-    e->sk_err = READ(sk, sk_err);
+    e->sk_err = event == SEND_RESET ? 0 : READ(sk, sk_err);
     e->oldstate = oldstate;
     e->state = state;
-    e->pad = 0;
+    e->detail = detail;
     e->netns = netns;
     e->stack_size = 0;
+    if (STATE_TIME)
+        e->in_state[0] = in_state;
 #if STACK_DEPTH && KPROBES && defined(__aarch64__)
     /* At a function's entry the caller is in the link register only, which the kernel's walk leaves out. */
     e->stack_size = bpf_get_stack(ctx, e->stack + 1, sizeof(e->stack) - sizeof(u64), 0) + sizeof(u64);
@@ -322,6 +376,13 @@ static inline void emit(void *ctx, struct sock *sk, struct owner *o, u8 event, u
 #endif
 }
 
+/* An event that is not a change of state. */
+static inline int happened(void *ctx, struct sock *sk, u8 event, u8 detail)
+{
+    emit(ctx, sk, NULL, owner_of(sk), event, 0, state_of(sk), detail, 0);
+    return 0;
+}
+
 /* tcp_fin() marks the socket as done; else FIN_WAIT2 may end by a timeout or go on as a TIME_WAIT socket. */
 static inline bool fin_has_come(struct sock *sk, int oldstate, int newstate)
 {
@@ -334,48 +395,74 @@ static inline void state_change(void *ctx, struct sock *sk, int oldstate, int ne
 {
     bool sends_fin = newstate != oldstate && (newstate == TCP_FIN_WAIT1 || newstate == TCP_LAST_ACK);
     struct owner *o;
+    u64 ns;
 
     if (protocol_of(sk) != IPPROTO_TCP)
         return;
+    ns = STATE_TIME ? time_in_state(sk, oldstate) : 0;
     if (oldstate == TCP_LISTEN && newstate == TCP_SYN_RECV) {
         /* A new socket, which has no addresses yet: an older owner at this address has missed its end. */
         owners.delete(&sk);
         return;
     }
     o = owner_of(sk);
-    if (newstate == TCP_SYN_SENT || newstate == TCP_LISTEN || (sends_fin && !o)) {
+    /* The kprobe does not see the change to LISTEN: then its end has to do. */
+    if (newstate == TCP_SYN_SENT || newstate == TCP_LISTEN || ((sends_fin || oldstate == TCP_LISTEN) && !o)) {
         remember_owner(sk);     /* in connect(), listen(), close(), shutdown() or exit */
         o = owners.lookup(&sk);
     }
     if (newstate == TCP_LISTEN)         /* not by tcp_set_state() */
         return;
     if (IS_CHOSEN(FIN) && fin_has_come(sk, oldstate, newstate))
-        emit(ctx, sk, o, FIN, oldstate, oldstate);
+        emit(ctx, sk, NULL, o, FIN, oldstate, oldstate, 0, 0);
     if (IS_CHOSEN(SET_STATE))
-        emit(ctx, sk, o, SET_STATE, oldstate, newstate);
+        emit(ctx, sk, NULL, o, SET_STATE, oldstate, newstate, 0, ns);
     if (IS_CHOSEN(SEND_FIN) && sends_fin)
-        emit(ctx, sk, o, SEND_FIN, oldstate, newstate);
+        emit(ctx, sk, NULL, o, SEND_FIN, oldstate, newstate, 0, 0);
 }
 
-static inline void error_reported(void *ctx, struct sock *sk)
+static inline int error_reported(void *ctx, struct sock *sk)
 {
     u16 family = READ(sk, __sk_common.skc_family);
 
     /* sockets of every kind report errors here */
     if ((family == AF_INET || family == AF_INET6) && protocol_of(sk) == IPPROTO_TCP)
-        emit(ctx, sk, owner_of(sk), ERROR, 0, state_of(sk));
+        happened(ctx, sk, ERROR, 0);
+    return 0;
 }
 
-
-static inline void segment_received(void *ctx, struct sock *sk, struct sk_buff *skb)
+static inline int retransmitted(void *ctx, struct sock *sk)
 {
-    struct tcphdr th;
+    u8 ca_state;
 
-    bpf_probe_read_kernel(&th, sizeof(th), READ(skb, head) + READ(skb, transport_header));
+    /* icsk_ca_state is a bit field, and lies in the byte before this one */
+    bpf_probe_read_kernel(&ca_state, 1, &((struct inet_connection_sock *)sk)->icsk_retransmits - 1);
+    return happened(ctx, sk, RETRANSMIT, ca_state & 31);
+}
+
+/*
+ * sk: NULL if there is none, or a mini-socket, which has only the members of struct sock_common.
+ * skb: the segment that is answered, or NULL if this end aborts the connection
+ */
+static inline int rst_sent(void *ctx, struct sock *sk, struct sk_buff *skb, u8 reason)
+{
+    u8 state = sk ? state_of(sk) : 0;
+    bool is_full = state && state != TCP_TIME_WAIT && state != TCP_NEW_SYN_RECV;
+
+    if (!skb || !tcphdr_of(skb).rst)            /* the function is called for a RST too, and does not answer it */
+        emit(ctx, sk, skb, is_full ? owner_of(sk) : NULL, SEND_RESET, 0, state, reason, 0);
+    return 0;
+}
+
+static inline int segment_received(void *ctx, struct sock *sk, struct sk_buff *skb)
+{
+    struct tcphdr th = tcphdr_of(skb);
+
     if (IS_CHOSEN(ZERO_WINDOW_RECEIVED) && !th.window && th.ack && !th.rst)
-        emit(ctx, sk, owner_of(sk), ZERO_WINDOW_RECEIVED, 0, state_of(sk));
+        happened(ctx, sk, ZERO_WINDOW_RECEIVED, 0);
     if (IS_CHOSEN(ZERO_WINDOW_SENT) && !READ((struct tcp_sock *)sk, rcv_wnd))
-        emit(ctx, sk, owner_of(sk), ZERO_WINDOW_SENT, 0, state_of(sk));
+        happened(ctx, sk, ZERO_WINDOW_SENT, 0);
+    return 0;
 }
 
 static inline void accepted(void *ctx, struct sock *sk)
@@ -389,6 +476,14 @@ static inline void accepted(void *ctx, struct sock *sk)
         remember_owner(sk);
 }
 
+static inline int destroyed(struct sock *sk)
+{
+    owners.delete(&sk);
+    if (STATE_TIME)
+        since.delete(&sk);
+    return 0;
+}
+
 #if KPROBES
 int kprobe_set_state(struct pt_regs *ctx, struct sock *sk, int newstate)
 {
@@ -396,29 +491,15 @@ int kprobe_set_state(struct pt_regs *ctx, struct sock *sk, int newstate)
     return 0;
 }
 
-int kprobe_destroy(struct pt_regs *ctx, struct sock *sk)
-{
-    owners.delete(&sk);
-    return 0;
-}
+/* Where the function has the reason as an argument, its place differs, even within 6.12. */
+#define UNKNOWN 255
 
-int kprobe_reset(struct pt_regs *ctx, struct sock *sk)
-{
-    emit(ctx, sk, owner_of(sk), RESET, 0, state_of(sk));
-    return 0;
-}
-
-int kprobe_retransmit(struct pt_regs *ctx, struct sock *sk)
-{
-    emit(ctx, sk, owner_of(sk), RETRANSMIT, 0, state_of(sk));
-    return 0;
-}
-
-int kprobe_segment(struct pt_regs *ctx, struct sock *sk, struct sk_buff *skb)
-{
-    segment_received(ctx, sk, skb);
-    return 0;
-}
+int kprobe_rst(struct pt_regs *ctx, struct sock *sk) { return rst_sent(ctx, sk, NULL, UNKNOWN); }
+int kprobe_reply(struct pt_regs *ctx, struct sock *sk, struct sk_buff *skb) { return rst_sent(ctx, sk, skb, UNKNOWN); }
+int kprobe_segment(struct pt_regs *ctx, struct sock *sk, struct sk_buff *skb) { return segment_received(ctx, sk, skb); }
+int kprobe_retransmit(struct pt_regs *ctx, struct sock *sk) { return retransmitted(ctx, sk); }
+int kprobe_reset(struct pt_regs *ctx, struct sock *sk) { return happened(ctx, sk, RESET, 0); }
+int kprobe_destroy(struct pt_regs *ctx, struct sock *sk) { return destroyed(sk); }
 #else
 static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
 {
@@ -431,57 +512,24 @@ static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
 int tracepoint_set_state_first(struct bpf_raw_tracepoint_args *ctx) { return set_state(ctx, true); }
 int tracepoint_set_state_second(struct bpf_raw_tracepoint_args *ctx) { return set_state(ctx, false); }
 
-int tracepoint_destroy(struct bpf_raw_tracepoint_args *ctx)
-{
-    struct sock *sk = (struct sock *)ctx->args[0];
+#define SK(ctx) ((struct sock *)(ctx)->args[0])
+#define SKB(ctx) ((struct sk_buff *)(ctx)->args[1])
 
-    owners.delete(&sk);
-    return 0;
-}
-
-int tracepoint_reset(struct bpf_raw_tracepoint_args *ctx)
-{
-    struct sock *sk = (struct sock *)ctx->args[0];
-
-    emit(ctx, sk, owner_of(sk), RESET, 0, state_of(sk));
-    return 0;
-}
-
-int tracepoint_retransmit(struct bpf_raw_tracepoint_args *ctx)
-{
-    struct sock *sk = (struct sock *)ctx->args[0];
-
-    emit(ctx, sk, owner_of(sk), RETRANSMIT, 0, state_of(sk));
-    return 0;
-}
-
-int tracepoint_segment(struct bpf_raw_tracepoint_args *ctx)
-{
-    segment_received(ctx, (struct sock *)ctx->args[0], (struct sk_buff *)ctx->args[1]);
-    return 0;
-}
+int tracepoint_rst(struct bpf_raw_tracepoint_args *ctx) { return rst_sent(ctx, SK(ctx), SKB(ctx), REASON(ctx)); }
+int tracepoint_retransmit(struct bpf_raw_tracepoint_args *ctx) { return ERR(ctx) ? 0 : retransmitted(ctx, SK(ctx)); }
+int tracepoint_segment(struct bpf_raw_tracepoint_args *ctx) { return segment_received(ctx, SK(ctx), SKB(ctx)); }
+int tracepoint_reset(struct bpf_raw_tracepoint_args *ctx) { return happened(ctx, SK(ctx), RESET, 0); }
+int tracepoint_destroy(struct bpf_raw_tracepoint_args *ctx) { return destroyed(SK(ctx)); }
 #endif
 
 #if KPROBES || LINUX_VERSION_CODE < KERNEL_VERSION(5, 15, 0)
-int kprobe_error(struct pt_regs *ctx, struct sock *sk)
-{
-    error_reported(ctx, sk);
-    return 0;
-}
+int kprobe_error(struct pt_regs *ctx, struct sock *sk) { return error_reported(ctx, sk); }
 #else
-int tracepoint_error(struct bpf_raw_tracepoint_args *ctx)
-{
-    error_reported(ctx, (struct sock *)ctx->args[0]);
-    return 0;
-}
+int tracepoint_error(struct bpf_raw_tracepoint_args *ctx) { return error_reported(ctx, SK(ctx)); }
 #endif
 
 /* security_sock_graft() is called in accept() with the new socket, by io_uring too. */
-int kprobe_accept(struct pt_regs *ctx, struct sock *sk)
-{
-    accepted(ctx, sk);
-    return 0;
-}
+int kprobe_accept(struct pt_regs *ctx, struct sock *sk) { accepted(ctx, sk); return 0; }
 
 struct syscall_exit {
     u64 common;
@@ -516,11 +564,11 @@ int tracepoint_accept_first(struct syscall_exit *ctx) { return accept_returned(c
 int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(ctx, false); }
 """
 
-# struct event, behind the ring buffer's own header of a record (length and flags, page offset), but its stack
+# struct event, behind the ring buffer's own header of a record (length and flags, page offset), up to its arrays
 HEAD = "=8xQ24s20s20s8sIi"
 NAMES = "EVENT_SOURCE", "PID", "COMM", "SOURCE", "DESTINATION", "TCP_STATE", "SK_ERR"
-TEXT = "%-23s %-6s %-16s %-21s %-21s %-24s %s\n"
-JSON = '{"ts":%.6f,%s,"ip":%d,"saddr":"%s","sport":%d,"daddr":"%s","dport":%d,%s,"netns":%d%s}\n'
+TEXT = "%-23s %-6s %-16s %-21s %-21s %-24s %s"
+JSON = '{"ts":%.6f,%s,"ip":%d,"saddr":"%s","sport":%d,"daddr":"%s","dport":%d,%s,"state_ms":%s,"netns":%d%s}\n'
 
 
 def number(low, high, kind=int):
@@ -583,6 +631,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("-p", "--pid", type=process, help="trace this PID only")
     add("-t", "--timestamp", action="store_true", help="print the time of each event")
+    add("-m", "--ms", action="store_true", help="print how many milliseconds a state lasted")
     add("-K", "--kstack", action="store_true", help="print the kernel stack")
     add("-s", "--saddr", metavar="ADDRESS", type=networks, help="comma-separated list of local addresses or networks")
     add("-d", "--daddr", metavar="ADDRESS", type=networks, help="comma-separated list of remote addresses or networks")
@@ -602,6 +651,7 @@ def parse_args(argv=None):
         help="use this kind of probe only (default: tracepoints, and for accept() a kprobe where there are any)")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     add("--version", action="version", version="%(prog)s 1.0")
+    parser.print_help = lambda: write(parser.format_help())     # else it would fail at Python's exit
     args = parser.parse_args(argv)
     args.kprobes = args.probes == "kprobe" or KERNEL < (4, 17)
     return args
@@ -635,6 +685,20 @@ def pid_namespace():
     return {"PIDNS": 0 if is_initial or KERNEL < (5, 7) else namespace.st_ino, "PIDNS_DEV": os.minor(namespace.st_dev)}
 
 
+def tracepoint_format(name):
+    """Returns the description of a tracepoint of TCP, or "" where there is no tracefs."""
+    with contextlib.suppress(OSError), open("/sys/kernel/tracing/events/tcp/%s/format" % name) as file:
+        return file.read()
+    return ""
+
+
+@functools.lru_cache(maxsize=None)      # called first in attach(), which sees tracefs
+def reset_reasons():
+    """Returns the kernel's names for why it sends a RST, by number; none before Linux 6.10."""
+    names = tracepoint_format("tcp_send_reset").partition("REC->reason, {")[2]
+    return {int(number): name for number, name in re.findall(r'(\d+), "(\w+)"', names)}
+
+
 def cflags(args):
     """Returns the arguments as macros for the C text. Only numbers get there."""
     macros = {
@@ -644,6 +708,10 @@ def cflags(args):
         "KPROBES": int(args.kprobes),
         "MAX_SOCKETS": MAX_SOCKETS,
         "STACK_DEPTH": STACK_DEPTH * args.kstack,
+        "STATE_TIME": int(args.ms),
+        # arguments that a tracepoint may lack; with an error nothing was sent
+        "ERR(ctx)": "(int)ctx->args[2]" if "REC->err" in tracepoint_format("tcp_retransmit_skb") else 0,
+        "REASON(ctx)": "ctx->args[2]" if reset_reasons() else 0,
         "FILTER_PID": args.pid or 0,
         "FILTER_NETNS": args.netns or 0,
         "FILTER_IP": 4 * args.ipv4 + 6 * args.ipv6,
@@ -677,6 +745,10 @@ def attach(bcc, args):
     probes = [("tcp_v4_destroy_sock", "tcp_destroy_sock", "destroy")]
     if "tcp_reset" in chosen:
         probes.append(("tcp_reset", "tcp_receive_reset", "reset"))
+    if "tcp_send_reset" in chosen:
+        probes.append(("tcp_send_active_reset", "tcp_send_reset", "rst"))
+        probes += [("tcp_v4_send_reset", None, "reply")] * args.kprobes
+        probes += [("tcp_v6_send_reset", None, "reply")] * (args.kprobes and os.path.exists("/proc/net/tcp6"))
     if "tcp_retransmit_skb" in chosen:
         probes.append(("tcp_retransmit_skb", "tcp_retransmit_skb", "retransmit"))
     if chosen & {"tcp_ack", "tcp_select_window"}:
@@ -838,13 +910,15 @@ def endpoint(packed):
 
 @functools.lru_cache(maxsize=4096)
 def what(packed):
-    """Returns states and error, as text and as JSON members."""
-    sk_err, event, oldstate, state = struct.unpack("=iBBBx", packed)
+    """Returns states, error and reason, as text and as JSON members."""
+    sk_err, event, oldstate, state, detail = struct.unpack("=iBBBB", packed)
     error = errno.errorcode.get(sk_err, str(sk_err)) if sk_err else ""
-    states = "%s -> %s" % (STATES[oldstate], STATES[state]) if event == 0 else STATES[state]
-    members = '"oldstate":%s,"state":"%s","sk_err":%s' % (
-        json.dumps(STATES[oldstate] or None), STATES[state], json.dumps(error or None))
-    return ("%-24s %s" % (states, error)).rstrip() + "\n", members
+    ca_state = CA_STATES[detail] if EVENTS[event] == "tcp_retransmit_skb()" else ""
+    reason = reset_reasons().get(detail, "") if EVENTS[event] == "tcp_send_reset()" else ""
+    states = "%s -> %s" % (STATES[oldstate], STATES[state]) if event == 0 else STATES[state] or "N/A"
+    members = '"oldstate":%s,"state":%s,"sk_err":%s,"ca_state":%s,"reason":%s' % tuple(
+        json.dumps(value or None) for value in (STATES[oldstate], STATES[state], error, ca_state, reason))
+    return ("%-24s %s" % (states + ("/" + ca_state if ca_state else ""), error or reason)).rstrip() + "\n", members
 
 
 @functools.lru_cache(maxsize=1024)
@@ -860,20 +934,24 @@ def stack_of(packed):
 def header(args):
     if args.json:
         return ""
-    return "Tracing TCP events. Ctrl-C to end.\n" + args.timestamp * ("%-12s " % "TIME") + TEXT % NAMES
+    return ("Tracing TCP events. Ctrl-C to end.\n" + args.timestamp * ("%-12s " % "TIME") + TEXT % NAMES +
+            args.ms * ("%21s" % "MS") + "\n")
 
 
 def line(args, record, wall):
     """Returns one line, with its stack. wall: offset of the kernel's clock from Unix time in ns."""
-    ts, owner, source, destination, state, netns, size, stack = record
+    ts, owner, source, destination, state, netns, size, in_state, stack = record
+    ms = in_state and int.from_bytes(in_state, sys.byteorder) / 1e6
     (owner, json_owner), (source, saddr, sport), (destination, daddr, dport), (state, json_state) = (
         who(owner), endpoint(source), endpoint(destination), what(state))
     stack = stack_of(stack[:size]) if size > 0 else None
     if args.json:
         stack = ',"stack":' + json.dumps(stack, separators=(",", ":")) if args.kstack else ""
         return JSON % ((ts + wall) / 1e9, json_owner, 6 if ":" in daddr else 4, saddr, sport, daddr, dport, json_state,
-                       netns, stack)
+                       "%.6f" % ms if ms else "null", netns, stack)
     text = owner + source + destination + state
+    if in_state and EVENTS[record[4][4]] == "tcp_set_state()":
+        text = "%s%-49s %s\n" % (owner + source + destination, state[:-1], "%.2f" % ms if ms else "N/A")
     if args.timestamp:
         text = "%s.%03d " % (clock((ts + wall) // 10 ** 9), (ts + wall) // 10 ** 6 % 1000) + text
     return text + "".join("    %s\n" % name for name in stack) + "\n" if stack else text
@@ -901,7 +979,7 @@ def report(lost, reported, form="%s: %d %s"):
 
 def trace(args, bpf):
     """Prints events until a signal comes, the time is over or the reader of the output has gone."""
-    form = struct.Struct(HEAD + "%ds" % (8 * STACK_DEPTH * args.kstack))
+    form = struct.Struct(HEAD + "%ds%ds" % (8 * args.ms, 8 * STACK_DEPTH * args.kstack))
     read, reader, reported, stop = open_events(bpf, form), select.poll(), {}, False
     reader.register(1, 0)
     signal.setitimer(signal.ITIMER_REAL, args.duration or 0)
@@ -918,7 +996,7 @@ def trace(args, bpf):
 
 def main():
     try:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # for --help and --ebpf, which Python prints
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # for --help and --ebpf
         args = parse_args()
         if args.ebpf:
             return print("/* %s */\n%s" % (" ".join(cflags(args)), bpf_text))

@@ -215,11 +215,7 @@ static inline void accepted(void *ctx, struct sock *sk)
 }
 
 /* security_sock_graft() is called in accept() with the new socket, by io_uring too. */
-int kprobe_accept(struct pt_regs *ctx, struct sock *sk)
-{
-    accepted(ctx, sk);
-    return 0;
-}
+int kprobe_accept(struct pt_regs *ctx, struct sock *sk) { accepted(ctx, sk); return 0; }
 
 struct syscall_exit {
     u64 common;
@@ -357,6 +353,7 @@ def parse_args(argv=None):
         help="use this kind of probe only (default: the kprobe where the kernel has kprobes)")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     add("--version", action="version", version="%(prog)s 1.0")
+    parser.print_help = lambda: write(parser.format_help())     # else it would fail at Python's exit
     args = parser.parse_args(argv)
     args.form = args.time * "%-8s " + args.timestamp * "%-8s " + TEXT % ("%-5s " if args.rport else "%.0s")
     return args
@@ -562,7 +559,7 @@ def trace(args, bpf):
 
 def main():
     try:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # for --help and --ebpf, which Python prints
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # for --help and --ebpf
         args = parse_args()
         if args.ebpf:
             return print("/* %s */\n%s" % (" ".join(cflags(args)), c_text(args)))

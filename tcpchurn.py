@@ -283,11 +283,7 @@ int kprobe_set_state(struct pt_regs *ctx, struct sock *sk, int newstate)
     return 0;
 }
 
-int kprobe_destroy(struct pt_regs *ctx, struct sock *sk)
-{
-    closed(sk, TCP_CLOSE);
-    return 0;
-}
+int kprobe_destroy(struct pt_regs *ctx, struct sock *sk) { closed(sk, TCP_CLOSE); return 0; }
 #else
 static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
 {
@@ -321,11 +317,7 @@ int exited(void *ctx)
 }
 
 /* security_sock_graft() is called in accept() with the new socket, by io_uring too. */
-int kprobe_accept(struct pt_regs *ctx, struct sock *sk)
-{
-    accepted(ctx, sk);
-    return 0;
-}
+int kprobe_accept(struct pt_regs *ctx, struct sock *sk) { accepted(ctx, sk); return 0; }
 
 struct syscall_exit {
     u64 common;
@@ -412,6 +404,7 @@ def parse_args(argv=None):
         help="use this kind of probe only (default: tracepoints, and for accept() a kprobe where there are any)")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     add("--version", action="version", version="%(prog)s 1.0")
+    parser.print_help = lambda: write(parser.format_help())     # else it would fail at Python's exit
     args = parser.parse_args(argv)
     args.kprobes = args.probes == "kprobe" or KERNEL < (4, 17)
     if args.pid is None and args.windows and len(args.windows) > 1:
@@ -677,7 +670,7 @@ def trace(args, bpf, birth):
 
 def main():
     try:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # for --help and --ebpf, which Python prints
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # for --help and --ebpf
         args = parse_args()
         if args.ebpf:
             return print("/* %s */\n%s" % (" ".join(cflags(args)), bpf_text))

@@ -289,6 +289,7 @@ def parse_args(argv=None):
     add("--probes", choices=("tracepoint", "kprobe"), help="use this kind of probe only (default: the tracepoint)")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     add("--version", action="version", version="%(prog)s 1.0")
+    parser.print_help = lambda: write(parser.format_help())     # else it would fail at Python's exit
     args = parser.parse_args(argv)
     if args.failed and not args.result:
         parser.error("--failed needs -r")
@@ -486,7 +487,7 @@ def trace(args, bpf):
 
 def main():
     try:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # for --help and --ebpf, which Python prints
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # for --help and --ebpf
         args = parse_args()
         if args.ebpf:
             return print("/* %s */\n%s" % (" ".join(cflags(args)), bpf_text))

@@ -5,7 +5,8 @@ import live
 import workload
 
 TOOLS = ["tcplife"], ["tcpaccept"], ["tcpv4connect"], ["tcpv4connect", "-r"], \
-    ["deeptcptracer", "-e", "tcp_set_state,tcp_reset"], ["deeptcptracer", "-K", "-e", "tcp_reset,sock_def_error_report"]
+    ["deeptcptracer", "-m", "-e", "tcp_set_state,tcp_reset"], \
+    ["deeptcptracer", "-K", "-m", "-e", "tcp_reset,tcp_send_reset,sock_def_error_report"]
 
 
 @unittest.skipUnless(live.MAY_TRACE, live.WHY_NOT)
@@ -19,7 +20,8 @@ class PerfBuffer(unittest.TestCase):
                 workload.work(scenarios=["client_close", "server_reset", "refused"], namespaces=(where, where))
 
         def lines(tracer):
-            return sorted(repr(sorted((name, value) for name, value in line.items() if name not in ("ts", "ms")))
+            times = "ts", "ms", "connect_ms", "accept_ms", "state_ms"
+            return sorted(repr(sorted((name, value) for name, value in line.items() if name not in times))
                           for line in tracer.objects)
         for ring, perf in pairs:
             with self.subTest(ring.command):

@@ -62,30 +62,33 @@ def difference(log, printed, sees_accept=True):
 
 
 def timed(log, times, retransmissions):
-    """The log with what ftrace saw: when an accepted session began, when any ended, and how many segments went again.
+    """The log with what ftrace saw: when sessions started and ended, and how many segments went again.
 
     A process only knows what it asked for. The packet that makes it so may wait on a busy CPU for milliseconds.
     """
     for known in log:
-        for name, state in (("born", "ESTABLISHED"), ("died", "CLOSE")):
-            moments = times.get((known["lport"], known["rport"], state), [])
-            if len(moments) == 1 and (name == "died" or known["role"] == "server"):
+        lport, rport, is_client = known["lport"], known["rport"], known["role"] == "client"
+        established = times[lport, rport, "ESTABLISHED"]
+        # connect() starts without a local port, unless the socket is bound
+        sent = times[lport, rport, "SYN_SENT"] or times[0, rport, "SYN_SENT"]
+        for name, moments in ("born", sent if is_client else established), ("died", times[lport, rport, "CLOSE"]):
+            if len(moments) == 1:
                 known[name] = moments * 2
-            if len(moments) == 1 and name == "born" and known["role"] == "client":
-                sent = [moment for moment in times[0, known["rport"], "SYN_SENT"] if moment < moments[0]]
-                known["connected"] = moments[0] - max(sent, default=moments[0]), moments[0] - known["born"][0]
-        known["retrans"] = retransmissions[known["lport"], known["rport"]]
+        if is_client and len(established) == 1:
+            before = [moment for moment in sent if moment < established[0]]
+            known["connected"] = established[0] - max(before, default=established[0]), established[0] - known["born"][0]
+        known["retrans"] = retransmissions[lport, rport]
     return log
 
 
 @unittest.skipUnless(live.MAY_TRACE, live.WHY_NOT)
-class Truth(unittest.TestCase):
+class TcplifeAgainstWorkload(unittest.TestCase):
     maxDiff = None
 
     def trace(self, modes, **work):
         """tcplife in several modes on one workload. modes: {options: which of the log's sessions are to be printed}."""
         tracers = [live.Tracer("tcplife", "--json", *options, check=False) for options in modes]
-        with live.tracing(*tracers), live.Unseen(tracers[0]) as unseen:
+        with live.tracing(*tracers), live.UnseenStateChanges(tracers[0]) as unseen:
             log = workload.sessions(workload.work(**work))
         log = timed(log, unseen.times(), unseen.retransmissions())
         for (options, wanted), tracer in zip(modes.items(), tracers):

@@ -21,7 +21,7 @@ kind=${1:?}
 if command -v apt-get >/dev/null; then
     demo='python3-bpfcc iproute2'
     test='python3-tap python3-venv perl shellcheck mandoc gcc libc6-dev procps bsdextrautils bpftool mount jq'
-    kernels='qemu-system-x86 mmdebstrap busybox-static cpio kmod xz-utils zstd'
+    kernels='qemu-system-x86 qemu-system-arm mmdebstrap busybox-static cpio kmod xz-utils zstd'
     deb='debhelper dh-python dpkg-dev lintian'
     package='python3-tap python3-pexpect perl mmdebstrap systemd-container iproute2'
     apt-get update -qq

@@ -1,4 +1,4 @@
-"""Every tool refuses wrong arguments: exit status 2 and argparse's usage, before anything is loaded."""
+"""Every tool refuses invalid arguments: exit status 2 and argparse's usage, before anything is loaded."""
 import contextlib
 import importlib
 import io
@@ -29,7 +29,7 @@ WRONG = {
                   "-i": SECONDS}, ["", "1 2", "-w 5", "1 -c --json", "1 --nosuch", "1 -z", "1 word", *PID[1:]]),
     "deeptcptracer": ({**ALL, "-N": NETNS, "-p": PID, "-s": NETWORKS, "-d": NETWORKS, "-S": PORTS, "-D": PORTS,
                        "-e": ["", "nosuch", "tcp_fin,", "tcp_fin(garbage", "tcp_fin -R"]},
-                      ["-4 -6", "--nosuch", "-z", "word"]),
+                      ["-4 -6", "-m 5", "--nosuch", "-z", "word"]),
 }
 
 

@@ -1,4 +1,4 @@
-"""The logic of deeptcptracer, tcpaccept and tcpv4connect, without tracing."""
+"""The logic of deeptcptracer, without tracing."""
 import contextlib
 import io
 import ipaddress
@@ -8,18 +8,23 @@ import unittest
 from unittest import mock
 
 import deeptcptracer
-import tcpaccept
-import tcpv4connect
 
 LOOPBACK = bytes(10) + b"\xff\xff\x7f\0\0\1"
 IPV6 = bytes.fromhex("20010db8000000000000000000000001")
 
 
-def event(number=0, oldstate=7, state=2, sk_err=0, pid=16065, comm=b"wget", daddr=LOOPBACK, sport=0):
+FORMAT = """name: tcp_send_reset
+print fmt: "state=%s reason=%s", REC->state ? __print_symbolic(REC->state, { 1, "TCP_ESTABLISHED" }) : "UNKNOWN", \
+__print_symbolic(REC->reason, { 0, "NOT_SPECIFIED" }, { 1, "NO_SOCKET" }, { 26, "NEWER_THAN_THIS_TEST" })
+"""
+
+
+def event(number=0, oldstate=7, state=2, sk_err=0, pid=16065, comm=b"wget", daddr=LOOPBACK, sport=0, detail=0, ns=None):
     owner = struct.pack("=I16s", pid, comm) + struct.pack("=I", number)
     source, destination = struct.pack("=16sHxx", daddr, sport), struct.pack("=16sHxx", daddr, 443)
-    what = struct.pack("=iBBBx", sk_err, number, oldstate, state)
-    return 10 ** 9, owner, source, destination, what, 4026531840, 0, b""
+    what = struct.pack("=iBBBB", sk_err, number, oldstate, state, detail)
+    in_state = b"" if ns is None else struct.pack("=Q", ns)
+    return 10 ** 9, owner, source, destination, what, 4026531840, 0, in_state, b""
 
 
 class Deep(unittest.TestCase):
@@ -27,10 +32,10 @@ class Deep(unittest.TestCase):
         return deeptcptracer.line(deeptcptracer.parse_args(options), record, 0).splitlines()
 
     def test_record(self):
-        form = struct.Struct(deeptcptracer.HEAD + "0s")
+        form = struct.Struct(deeptcptracer.HEAD + "0s0s")
         self.assertEqual(form.unpack(form.pack(*event())), event())
 
-    def test_as_in_the_sample(self):
+    def test_documented_format(self):
         self.assertEqual(deeptcptracer.header(deeptcptracer.parse_args([])).splitlines(), [
             "Tracing TCP events. Ctrl-C to end.",
             "EVENT_SOURCE            PID    COMM             SOURCE                DESTINATION           "
@@ -52,6 +57,52 @@ class Deep(unittest.TestCase):
         self.assertEqual(tuple(value[name] for name in names),
                          ("sock_def_error_report()", None, "CLOSE", "ECONNRESET", 6, "2001:db8::1"))
         self.assertNotIn("stack", value)
+        self.assertEqual([value[name] for name in ("ca_state", "reason", "state_ms")], [None] * 3)
+
+    def with_format(self, text):
+        """As on a kernel that describes its tracepoints so."""
+        for function in deeptcptracer.reset_reasons, deeptcptracer.what:
+            self.addCleanup(function.cache_clear)
+            function.cache_clear()
+        patch = mock.patch.object(deeptcptracer, "tracepoint_format", lambda name: text)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_reset(self):
+        """The reason has the kernel's name, where there is one, also without a socket."""
+        for text, detail, reason in ((FORMAT, 1, "NO_SOCKET"), (FORMAT, 26, "NEWER_THAN_THIS_TEST"), (FORMAT, 99, None),
+                                     (FORMAT.replace("reason", "other"), 0, None), ("", 1, None)):
+            self.with_format(text)
+            record = event(8, 0, 0, pid=0, detail=detail)
+            value = json.loads(self.lines(record, "--json")[0])
+            self.assertEqual([value[name] for name in ("event", "state", "sk_err", "reason")],
+                             ["tcp_send_reset()", None, None, reason])
+            self.assertEqual(self.lines(record)[0].split()[5:], ["N/A"] + [reason] * bool(reason))
+
+    def test_arguments_of_tracepoints(self):
+        """They are only read where the kernel has them."""
+        for text, macros in ((FORMAT, ["-DERR(ctx)=(0)", "-DREASON(ctx)=(ctx->args[2])"]),
+                             ('print fmt: "err=%d", REC->err', ["-DERR(ctx)=((int)ctx->args[2])", "-DREASON(ctx)=(0)"]),
+                             ("", ["-DERR(ctx)=(0)", "-DREASON(ctx)=(0)"])):
+            self.with_format(text)
+            flags = deeptcptracer.cflags(deeptcptracer.parse_args([]))
+            self.assertEqual([flag for flag in flags if flag.startswith(("-DERR", "-DREASON"))], macros)
+
+    def test_retransmission(self):
+        for detail, name in enumerate(["Open", "Disorder", "CWR", "Recovery", "Loss"]):
+            record = event(4, 0, 1, detail=detail)
+            self.assertEqual(self.lines(record)[0].split()[5:], ["ESTABLISHED/" + name])
+            value = json.loads(self.lines(record, "--json")[0])
+            self.assertEqual((value["state"], value["ca_state"]), ("ESTABLISHED", name))
+
+    def test_times(self):
+        """Only with -m, and only of a change of state."""
+        heading = deeptcptracer.header(deeptcptracer.parse_args(["-m"])).splitlines()[1]
+        self.assertEqual(heading.split()[-2:], ["SK_ERR", "MS"])
+        for record, text, ms in ((event(0, 8, 9, ns=300123456), "300.12", 300.123456), (event(0, ns=0), "N/A", None),
+                                 (event(0, 8, 7, 110, ns=6000), "0.01", 0.006), (event(3, 0, 8, ns=0), "", None)):
+            self.assertEqual(self.lines(record, "-m")[0][heading.index("MS"):], text)
+            self.assertEqual(json.loads(self.lines(record, "-m", "--json")[0])["state_ms"], ms)
 
     def test_networks_as_c(self):
         for text, inside, outside in (("10.0.0.0/8", "10.1.2.3", "11.0.0.1"), ("::1", "::1", "::2"),
@@ -70,71 +121,13 @@ class Deep(unittest.TestCase):
     def test_events(self):
         self.assertEqual(deeptcptracer.parse_args(["-e", "tcp_fin,tcp_ack()/win==0"]).events, {2, 6})
         self.assertEqual(deeptcptracer.parse_args(["-R"]).events, {4})
-        self.assertEqual(len(deeptcptracer.parse_args([]).events), 8)
+        self.assertEqual(len(deeptcptracer.parse_args([]).events), 9)
 
     def test_bad_arguments_exit_2(self):
         for wrong in (["-s", "x"], ["-e", "x"], ["-4", "-6"], ["-R", "-e", "tcp_fin"]):
             with self.assertRaises(SystemExit) as caught, contextlib.redirect_stderr(io.StringIO()):
                 deeptcptracer.parse_args(wrong)
             self.assertEqual(caught.exception.code, 2)
-
-
-class AcceptAndConnect(unittest.TestCase):
-    def accept(self, *options, comm=b"sshd"):
-        record = tcpaccept.RECORD.unpack(tcpaccept.RECORD.pack(
-            5 * 10 ** 9, struct.pack("=I16s", 907, comm), 4026531840, LOOPBACK, LOOPBACK, 22, 40000))
-        args = tcpaccept.parse_args(options)
-        return tcpaccept.header(args), tcpaccept.line(args, record, 5 * 10 ** 9, 0)
-
-    def test_accept_as_in_the_sample(self):
-        self.assertEqual(self.accept(), (
-            "PID    COMM         IP RADDR            LADDR            LPORT\n",
-            "907    sshd         4  127.0.0.1        127.0.0.1        22\n"))
-        self.assertEqual(self.accept("-t"), (
-            "TIME(s)  PID    COMM         IP RADDR            LADDR            LPORT\n",
-            "0.000    907    sshd         4  127.0.0.1        127.0.0.1        22\n"))
-        self.assertEqual(self.accept("-r")[1].split()[4], "40000")
-        self.assertEqual(self.accept("-r")[0].split()[4], "RPORT")
-
-    def connect(self, *options, comm=b"curl", lport=0, decided=0, result=0):
-        record = tcpv4connect.RECORD.unpack(tcpv4connect.RECORD.pack(
-            5 * 10 ** 9, struct.pack("=I16s", 1469, comm), 1000, 4026531840,
-            b"\x0a\xc9\xdb\xec", b"\x36\xf5\x69\x19", 80, lport, decided, result))
-        args = tcpv4connect.parse_args(options)
-        return tcpv4connect.header(args), tcpv4connect.line(args, record, 5 * 10 ** 9, 0)
-
-    def test_connect_as_in_the_sample(self):
-        self.assertEqual(self.connect(), (
-            "PID    COMM         SADDR            DADDR            DPORT\n",
-            "1469   curl         10.201.219.236   54.245.105.25    80\n"))
-        self.assertEqual(self.connect("-U")[1].split()[0], "1000")
-        value = json.loads(self.connect("--json")[1])
-        self.assertEqual(sorted(value), sorted("ts pid comm uid ip saddr daddr dport netns".split()))
-
-    def test_result_of_a_connect(self):
-        self.assertEqual(self.connect("-r", lport=40000, decided=5003456000), (
-            "PID    COMM         SADDR            DADDR            DPORT LPORT MS        RESULT\n",
-            "1469   curl         10.201.219.236   54.245.105.25    80    40000 3.46      ok\n"))
-        for code, result, err in ((0, "ok", None), (-1, "quit", None), (-2, "failed", None),
-                                  (111, "ECONNREFUSED", "ECONNREFUSED"), (9999, "9999", "9999")):
-            how = {"lport": 40000, "decided": 5003456789, "result": code}
-            self.assertEqual(self.connect("-rtTU", **how)[1].split()[-1], result)
-            value = json.loads(self.connect("-r", "--json", **how)[1])
-            self.assertEqual([value[name] for name in ("lport", "ms", "result", "err")],
-                             [40000, 3.456789, result, err])
-        with mock.patch("time.monotonic_ns", return_value=6 * 10 ** 9):
-            self.assertEqual(self.connect("-r")[1].split()[-3:], ["N/A", "1000.00", "pending"])
-            value = json.loads(self.connect("-r", "--json")[1])
-        self.assertEqual([value[name] for name in ("ts", "lport", "ms", "result", "err")],
-                         [5.0, None, 1000.0, "pending", None])
-
-    def test_hostile_comm(self):
-        for comm in (b"\x1b[2J", b"a\nb", b"\xff", b'"', b"\\"):
-            for _, text in (self.accept(comm=comm), self.connect(comm=comm)):
-                self.assertTrue(text[:-1].isprintable() and text.isascii(), text)
-            for _, text in (self.accept("--json", comm=comm), self.connect("--json", comm=comm)):
-                value = json.loads(text)
-                self.assertEqual(bytes.fromhex(value.get("comm_hex", value["comm"].encode().hex())), comm)
 
 
 if __name__ == "__main__":

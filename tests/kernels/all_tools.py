@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """All five tools at once on one workload, in every way to start them.
 
-usage: guest.py [MODE ...]
+usage: all_tools.py [MODE ...]
 
 This is what kernels.sh runs on each kernel; it runs on any machine that can trace. A mode is a way to start the tools:
 see MODES. Prints a row for each, and what was wrong on the lines before it; exit status 1 if anything was. Without any
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 
+import deeptcptracer
 import live
 import test_deeptcptracer
 import test_tcpaccept
@@ -40,7 +41,6 @@ MODES = {
     "none": ("none", "default", "ring", [], {}),
     "lockdown": ("BTF", "default", "ring", [], {}),     # of confidentiality: nothing may read the kernel's memory
 }
-test_tcplife.MS *= live.SLOW ** 2       # an emulated CPU may stand still for a while
 UNSHARE = ["unshare", "--pid", "--fork", "--mount-proc"]
 ROW = "%-24s %-7s %-7s %-8s %-10s %-6s %s"
 
@@ -78,20 +78,23 @@ def make_sessions(scenarios):
     log = workload.sessions(workload.work(scenarios[:half]))
     if os.environ.get("CLOCK_MAY_BE_SET"):
         time.clock_settime(time.CLOCK_REALTIME, time.time() - 3600)
-    return log + workload.sessions(workload.work(scenarios[half:]))
+    log += workload.sessions(workload.work(scenarios[half:]))
+    with live.Namespaces() as namespaces:
+        return log + workload.sessions(workload.work([*workload.ENDS, "unreachable"], **namespaces.where))
 
 
 def differences(options, kprobes, log, life, expected, tracers):
     """What is missing and what is wrong in the lines of each tool, as two dicts of lists."""
     sessions, accepts, connects, churn, events = (tracer.objects for tracer in tracers)
     missing, wrong = {}, {}
-    missing["tcplife"], wrong["tcplife"] = test_tcplife.difference(log, sessions)
-    wrong["tcplife"] += ["ends before it begins: %s" % line for line in sessions if line["ms"] < 0]
     # io_uring's accepts are no system calls
     shows_io_uring = os.path.exists("/sys/bus/event_source/devices/kprobe") and "tracepoint" not in options
+    unseen = [record for record in log if record["scenario"] == "io_uring" and not shows_io_uring]
+    missing["tcplife"], wrong["tcplife"] = test_tcplife.difference(
+        [dict(record, accepted=None) if record in unseen else record for record in log], sessions)
+    wrong["tcplife"] += ["ends before it begins: %s" % line for line in sessions if line["ms"] < 0]
     missing["tcpaccept"], wrong["tcpaccept"] = live.compare(
-        [record for record in test_tcpaccept.accepted(log) if record["scenario"] != "io_uring" or shows_io_uring],
-        accepts, test_tcpaccept.key)
+        [record for record in test_tcpaccept.accepted(log) if record not in unseen], accepts, test_tcpaccept.key)
     missing["tcpv4connect"], wrong["tcpv4connect"] = live.compare(
         [record for record in log if record["role"] == "client" and record["ip"] == 4], connects,
         test_tcpv4connect.result if "-r" in tracers[2].command else test_tcpv4connect.key)
@@ -99,9 +102,10 @@ def differences(options, kprobes, log, life, expected, tracers):
     text = "%s, not %s" % (total, life.ALL)
     missing["tcpchurn"] = [text] * max((life.ALL - total).values(), default=0)
     wrong["tcpchurn"] = [text] if total - life.ALL else []
-    wrong["deeptcptracer"], met = test_deeptcptracer.strangers(log, events)
-    missing["deeptcptracer"] = [text for scenario, endpoints in expected
-                                for text in test_deeptcptracer.difference(scenario, endpoints, events, not kprobes)]
+    wrong["deeptcptracer"], met = test_deeptcptracer.wrong_owners(log, events)
+    is_new = deeptcptracer.KERNEL >= (6, 10)
+    missing["deeptcptracer"] = [text for scenario, endpoints in expected for text in test_deeptcptracer.difference(
+        scenario, endpoints, events, not kprobes, kprobes or is_new, is_new and not kprobes)]
     if len(met) < len([record for record in log if record["laddr"]]) - 8:       # those that nobody accepts
         wrong["deeptcptracer"].append("only %d sockets have an owner" % len(met))
     stacks = {" ".join((line["stack"] or ["none"])[:3]) for line in events
@@ -115,16 +119,17 @@ def trace(options, pretend):
     """Run all on one workload; what was wrong, as texts, and what was looked at."""
     scenarios = [*workload.SCENARIOS] + ["io_uring"] * has_io_uring()
     life = test_tcpchurn.Life()
-    more = {"tcpchurn": [life.pid], "deeptcptracer": ["-K"], "tcpv4connect": ["-r"] * bool(options or pretend)}
+    more = {"tcpchurn": [life.pid], "deeptcptracer": ["-K", "-m"], "tcpv4connect": ["-r"] * bool(options or pretend)}
     tracers = [live.Tracer(tool, "--json", *more.get(tool, []), check=False, pretend=pretend) for tool in TOOLS]
     sessions, accepts, connects, churn, events = tracers
     for tracer in tracers:
         tracer.start()
     with churn, events:
-        with sessions, accepts, connects:
+        with sessions, accepts, connects, live.UnseenStateChanges(sessions) as unseen:
             log = make_sessions(scenarios)
+        log = test_tcplife.timed(log, unseen.times(), unseen.retransmissions())
         life.play()
-        expected = [(scenario, scenario()) for scenario in test_deeptcptracer.SCENARIOS]
+        expected = test_deeptcptracer.provoke(test_deeptcptracer.SCENARIOS)
         life.end()
         time.sleep(1.2)         # an update of tcpchurn
     life.close()
@@ -132,14 +137,14 @@ def trace(options, pretend):
     missing, wrong = differences(options, kprobes, log, life, expected, tracers)
     texts, losses = [], collections.Counter()
     for tool, tracer in zip(TOOLS, tracers):
-        losses[tool] = live.told(tracer)
+        losses[tool] = live.reported_losses(tracer)
         rest = [line for line in tracer.stderr.splitlines() if " lost: " not in line and " has ended" not in line]
         texts += ["%s: %s" % (tool, text) for text in wrong[tool] + rest]
         texts += ["%s: exit status %d" % (tool, tracer.status)] * bool(tracer.status)
         if len(missing[tool]) > losses[tool]:
             texts += ["%s: missing: %s" % (tool, record) for record in missing[tool]]
     lost = ", ".join("%s %d" % item for item in (+losses).items())
-    return texts, "%d sessions" % len(log) + ("; lost and told: " + lost if lost else "")
+    return texts, "%d sessions" % len(log) + ("; lost and reported: " + lost if lost else "")
 
 
 def refuse(tool, words, wrapper=()):
@@ -158,10 +163,10 @@ def run(mode):
     if mode == "none":
         hide = "for d in /sys/kernel/btf /lib/modules; do [ ! -d $d ] || mount -t tmpfs none $d; done; exec \"$@\""
         return [text for tool in TOOLS for text in refuse(tool, r"no kernel types \(.*\): install linux-headers-.*", (
-            "unshare", "--mount", "sh", "-c", hide, "sh"))], "told in one line"
+            "unshare", "--mount", "sh", "-c", hide, "sh"))], "reported in one line"
     if mode == "lockdown":
         pathlib.Path("/sys/kernel/security/lockdown").write_text("confidentiality")
-        return [text for tool in TOOLS for text in refuse(tool, ".*lockdown.*")], "lockdown told in one line"
+        return [text for tool in TOOLS for text in refuse(tool, ".*lockdown.*")], "lockdown reported in one line"
     live.OPTIONS = options
     with tools_alone() if types == "headers" else contextlib.nullcontext():
         texts, result = trace(options, pretend)
