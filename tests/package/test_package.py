@@ -8,6 +8,7 @@ import subprocess
 import time
 import unittest
 
+import deeptcptracer
 import pexpect
 import system
 
@@ -253,8 +254,7 @@ class Package(unittest.TestCase):
                 ("tcpchurn -i ", "tcpchurn -i ")):
             with self.subTest(typed=typed):
                 self.assertEqual(shell.complete(typed), completed)
-        events = {"tcp_set_state", "tcp_send_fin", "tcp_fin", "tcp_reset", "tcp_retransmit_skb",
-                  "sock_def_error_report", "tcp_ack", "tcp_select_window"}
+        events = {event.partition("(")[0] for event in deeptcptracer.EVENTS}
         self.assertEqual(shell.offers("deeptcptracer -e "), events)
         for typed in "tcplife -p ", "tcplife -Tp ", "tcpaccept --pid ", "tcpchurn ", "tcpchurn -w 1 5 ":
             with self.subTest(typed=typed):
