@@ -528,11 +528,7 @@ int tracepoint_error(struct bpf_raw_tracepoint_args *ctx) { return error_reporte
 #endif
 
 /* security_sock_graft() is called in accept() with the new socket, by io_uring too. */
-int kprobe_accept(struct pt_regs *ctx, struct sock *sk)
-{
-    accepted(ctx, sk);
-    return 0;
-}
+int kprobe_accept(struct pt_regs *ctx, struct sock *sk) { accepted(ctx, sk); return 0; }
 
 struct syscall_exit {
     u64 common;

@@ -215,11 +215,7 @@ static inline void accepted(void *ctx, struct sock *sk)
 }
 
 /* security_sock_graft() is called in accept() with the new socket, by io_uring too. */
-int kprobe_accept(struct pt_regs *ctx, struct sock *sk)
-{
-    accepted(ctx, sk);
-    return 0;
-}
+int kprobe_accept(struct pt_regs *ctx, struct sock *sk) { accepted(ctx, sk); return 0; }
 
 struct syscall_exit {
     u64 common;

@@ -283,11 +283,7 @@ int kprobe_set_state(struct pt_regs *ctx, struct sock *sk, int newstate)
     return 0;
 }
 
-int kprobe_destroy(struct pt_regs *ctx, struct sock *sk)
-{
-    closed(sk, TCP_CLOSE);
-    return 0;
-}
+int kprobe_destroy(struct pt_regs *ctx, struct sock *sk) { closed(sk, TCP_CLOSE); return 0; }
 #else
 static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
 {
@@ -321,11 +317,7 @@ int exited(void *ctx)
 }
 
 /* security_sock_graft() is called in accept() with the new socket, by io_uring too. */
-int kprobe_accept(struct pt_regs *ctx, struct sock *sk)
-{
-    accepted(ctx, sk);
-    return 0;
-}
+int kprobe_accept(struct pt_regs *ctx, struct sock *sk) { accepted(ctx, sk); return 0; }
 
 struct syscall_exit {
     u64 common;

@@ -393,11 +393,7 @@ int kprobe_set_state(struct pt_regs *ctx, struct sock *sk, int newstate)
     return 0;
 }
 
-int kprobe_destroy(struct pt_regs *ctx, struct sock *sk)
-{
-    claim(ctx, sk, 0);
-    return 0;
-}
+int kprobe_destroy(struct pt_regs *ctx, struct sock *sk) { claim(ctx, sk, 0); return 0; }
 #else
 static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
 {
@@ -411,19 +407,11 @@ int tracepoint_set_state_first(struct bpf_raw_tracepoint_args *ctx) { return set
 int tracepoint_set_state_second(struct bpf_raw_tracepoint_args *ctx) { return set_state(ctx, false); }
 
 /* A socket in CLOSE is destroyed in close(), and one that still waits for accept() in the listener's close(). */
-int tracepoint_destroy(struct bpf_raw_tracepoint_args *ctx)
-{
-    claim(ctx, (struct sock *)ctx->args[0], 0);
-    return 0;
-}
+int tracepoint_destroy(struct bpf_raw_tracepoint_args *ctx) { claim(ctx, (struct sock *)ctx->args[0], 0); return 0; }
 #endif
 
 /* security_sock_graft() is called in accept() with the new socket, by io_uring too. */
-int kprobe_accept(struct pt_regs *ctx, struct sock *sk)
-{
-    accepted(ctx, sk);
-    return 0;
-}
+int kprobe_accept(struct pt_regs *ctx, struct sock *sk) { accepted(ctx, sk); return 0; }
 
 struct syscall_exit {
     u64 common;

@@ -5,9 +5,9 @@
 #
 # NAME is a release (bookworm), with Debian's name of a kernel for another architecture (trixie-arm64-16k), or with the
 # release that the kernel is from (trixie-sid). It is unpacked once, into a folder of the cache, and mounted read-only
-# in the guest, with this repository beside it. There guest.py runs. All is emulated in software: /dev/kvm is not
-# needed, and times mean nothing. MODES chooses among guest.py's; without it, peers.py runs as well. The tables and what
-# was wrong are printed once more at the end.
+# in the guest, with this repository beside it. There all_tools.py runs. All is emulated in software: /dev/kvm is
+# not needed, and times mean nothing. MODES chooses among all_tools.py's; without it, peers.py runs as well. The tables
+# and what was wrong are printed once more at the end.
 set -eu
 
 repo=$(cd "$(dirname "$0")/../.." && pwd)
@@ -76,7 +76,7 @@ make_initrd() {         # make_initrd ROOT VERSION FOLDER: mounts the two folder
     (cd "$3" && find . | cpio --quiet -o -H newc | gzip -1)
 }
 
-boot() {                # boot NAME: its output on stdout, and in a file; fails if guest.py does
+boot() {                # boot NAME: its output on stdout, and in a file; fails if all_tools.py does
     root=$cache/$1
     version=$(basename "$root"/lib/modules/*)
     kernel=$root/lib/modules/$version/vmlinuz
@@ -138,10 +138,10 @@ guest() {               # in the guest, as its first process
     modes=$(sed -n 's/.*modes=\([^ ]*\).*/\1/p' /proc/cmdline | tr , ' ')
     status=0
     # shellcheck disable=SC2086     # a list
-    python3 -W ignore guest.py $modes || status=$?
+    python3 -W ignore all_tools.py $modes || status=$?
     if [ -z "$modes" ]; then
         python3 -W ignore ../peers/peers.py || status=$?
-        python3 -W ignore guest.py lockdown || status=$?
+        python3 -W ignore all_tools.py lockdown || status=$?
     fi
     echo "guest: exit status $status"
     echo o >/proc/sysrq-trigger

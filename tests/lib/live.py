@@ -90,7 +90,7 @@ class Tracer:
         self.stop()
         if self.check and kind is None:
             assert self.status == 0, (self.command, self.status, self.stderr)
-            # The end of somebody else's session may be what the kernel did not show: see Unseen.
+            # The end of somebody else's session may be one that the kernel did not show: see UnseenStateChanges.
             assert not [line for line in self.stderr.splitlines() if "their end was not seen" not in line], self.stderr
 
     @property
@@ -149,7 +149,7 @@ def ours(log, lines, connection):
     return [line for line in lines if connection(line) in connections or (line["pid"], line["comm"]) in processes]
 
 
-def told(tracer):
+def reported_losses(tracer):
     """How much a tool that has ended says it has lost in all."""
     return sum(int(line.split(" in all ")[1].split()[0]) for line in tracer.stderr.splitlines() if " in all " in line)
 
@@ -171,7 +171,7 @@ def entries(tracer, name):
     return len(json.loads(subprocess.check_output(["bpftool", "-j", "map", "dump", "id", str(one)])))
 
 
-class Unseen:
+class UnseenStateChanges:
     """The state changes that ftrace saw while the context lasted, and how many of them the tool's program did not.
 
     There are kernels that run no BPF program while certain tasks are current (seen on a 6.18 micro-VM: its own agent).
@@ -243,7 +243,8 @@ class Unseen:
 def by_timer(test):
     """For events that a timer causes: one of three tries has to be right to the last line.
 
-    A timer's interrupt may come while a task is current for which this kernel runs no BPF program: see Unseen.
+    A timer's interrupt may come while a task is current for which this kernel runs no BPF program, as in
+    UnseenStateChanges.
     """
     @functools.wraps(test)
     def tries(self):
@@ -297,7 +298,7 @@ class Namespaces:
         return os.stat("/run/netns/" + name).st_ino
 
 
-class Churn:
+class Load:
     """The load of connload.c, compiled once: churn.run(connections, threads, rate) is the rate it reached."""
 
     def __init__(self, namespace=None):

@@ -4,7 +4,7 @@
 usage: workload.py [-r ROUNDS] [-n CLIENTNS:SERVERNS:IPV4,IPV6] [SCENARIO ...]
 
 Every client and every server is a process of its own with a name of its own. Each logs what it did; the log is printed
-as one JSON object a session end:
+as one JSON object per end of a session:
 
     scenario, role ("client" or "server"), pid, comm, ip (4 or 6), laddr, lport, raddr, rport, sent, received (bytes),
     netns (inode), born, died (each a pair of CLOCK_MONOTONIC seconds between which it happened), failed (errno name or

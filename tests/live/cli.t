@@ -11,7 +11,7 @@ exits() {
     shift 2
     timeout 60 "$@" >"$tmp/out" 2>"$tmp/err"
     got=$?
-    sed -i '/their end was not seen$/d' "$tmp/err"      # somebody else's session: see Unseen in live.py
+    sed -i '/their end was not seen$/d' "$tmp/err"      # somebody else's session: see UnseenStateChanges in live.py
     cat "$tmp/err"
     [ "$got" = "$status" ] || { echo "exit status $got"; return 1; }
     ! grep -q Traceback "$tmp/err" || return 1
@@ -149,7 +149,7 @@ few_capabilities() {
     status=$1 pattern=$2 preparation=$3 tool=$4 caps=-all,+bpf,+perfmon
     shift 4
     cp ./*.py "$tmp"
-    [ "$tool" = tcpv4connect ] || caps=$caps,+dac_read_search   # accept() is seen by what lies in tracefs, root's alone
+    [ "$tool" = tcpv4connect ] || caps=$caps,+dac_read_search   # to see accept() by tracefs, which only root can read
     [ "$tool" != tcpchurn ] || caps=$caps,+sys_ptrace
     exits "$status" "$pattern" unshare --mount sh -c "$preparation && exec \"\$@\"" sh \
         setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps "$caps" --ambient-caps "$caps" \

@@ -387,7 +387,7 @@ def difference(scenario, expected, objects, has_loss_probes=True, has_bare_reset
     return wrong
 
 
-def strangers(log, objects):
+def wrong_owners(log, objects):
     """Lines of the workload's sockets with an owner that is not theirs; the endpoints for which an owner was named."""
     owner = {(record["laddr"], record["lport"], record["raddr"], record["rport"]): record for record in log}
     found, met = [], set()
@@ -443,7 +443,7 @@ class Events(unittest.TestCase):
         """
         with live.Namespaces() as namespaces, self.tracing("-N", namespaces.client):
             log = workload.work(namespaces=(namespaces.client, namespaces.client))
-        found, met = strangers(log, self.tracer.objects)
+        found, met = wrong_owners(log, self.tracer.objects)
         self.assertEqual(found, [])
         self.assertGreaterEqual(len(met), len([record for record in log if record["laddr"]]) - 8)    # early ones
 
@@ -584,7 +584,7 @@ class Events(unittest.TestCase):
 
     def test_owners_are_forgotten(self):
         """After many connections the maps hold what is still open."""
-        churn = live.Churn()
+        churn = live.Load()
         with live.Tracer("deeptcptracer", "-m", "-R") as tracer:
             before = [live.entries(tracer, name) for name in ("owners", "since")]
             churn.run(20000, 2)

@@ -233,7 +233,7 @@ class Right(unittest.TestCase):
         self.assertEqual({line["dport"] for line in changes_of_first.objects}, {51})
 
     def test_sessions_that_nobody_accepts(self):
-        """They have no owner in the end, are not printed if a process is asked for, and told if there are too many.
+        """They have no owner in the end, are not printed if a process is asked for, and reported if there are too many.
 
         A reader of standard error who goes away does not end the tool.
         """

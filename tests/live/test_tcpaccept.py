@@ -34,7 +34,7 @@ def in_child(work):
 
 
 @unittest.skipUnless(live.MAY_TRACE, live.WHY_NOT)
-class Truth(unittest.TestCase):
+class TcpacceptAgainstWorkload(unittest.TestCase):
     maxDiff = None
 
     def trace(self, modes, **work):
@@ -122,7 +122,7 @@ class Truth(unittest.TestCase):
                          [(pid, port) for port in ports])
 
     def test_descriptors_closed_by_another_thread(self):
-        """printed + told lost = made, and what is printed is true."""
+        """printed + reported as lost = made, and what is printed is true."""
         listener = socket.create_server(("127.0.0.1", 0), backlog=1000)
         port = listener.getsockname()[1]
 
@@ -166,7 +166,7 @@ class Truth(unittest.TestCase):
             return log
         with listener, live.Tracer("tcpaccept", "--json", check=False) as tracer:
             pid, log = in_child(work)
-        lost = live.told(tracer)
+        lost = live.reported_losses(tracer)
         printed = [line for line in tracer.objects if line["pid"] == pid or line["lport"] == port]
         missing, foreign = live.compare(log, ["%s %d" % (line["raddr"], line["rport"]) for line in printed], str)
         self.assertEqual(foreign, [])

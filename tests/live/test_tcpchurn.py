@@ -40,7 +40,7 @@ def connect(address):
 
 
 class Actor:
-    """A process that does what it is told: each step is a function of its own state, a dict."""
+    """A process that takes steps: each is a function of its own state, a dict."""
 
     END = 255
 
@@ -51,7 +51,7 @@ class Actor:
         os.close(self.answers)
 
     def obey(self, steps):
-        signal.alarm(int(120 * live.SLOW))          # if nobody tells it to end
+        signal.alarm(int(120 * live.SLOW))          # if nobody ends it
         os.close(self.write)            # so that it ends, by an error, if the test does
         state = {}
         while True:
@@ -204,7 +204,7 @@ class Truth(unittest.TestCase):
         # empty again
         self.assertEqual([after(quiet)[name] for name in ("opened", "closed")], [[0, 0], [0, 0]])
 
-    def test_the_samples_columns(self):
+    def test_documented_format(self):
         actor = Actor([lambda state: None])
         with live.Tracer("tcpchurn", actor.pid, "-i", "0.3", "-a") as tracer:
             time.sleep(0.4)

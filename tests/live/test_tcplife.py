@@ -82,13 +82,13 @@ def timed(log, times, retransmissions):
 
 
 @unittest.skipUnless(live.MAY_TRACE, live.WHY_NOT)
-class Truth(unittest.TestCase):
+class TcplifeAgainstWorkload(unittest.TestCase):
     maxDiff = None
 
     def trace(self, modes, **work):
         """tcplife in several modes on one workload. modes: {options: which of the log's sessions are to be printed}."""
         tracers = [live.Tracer("tcplife", "--json", *options, check=False) for options in modes]
-        with live.tracing(*tracers), live.Unseen(tracers[0]) as unseen:
+        with live.tracing(*tracers), live.UnseenStateChanges(tracers[0]) as unseen:
             log = workload.sessions(workload.work(**work))
         log = timed(log, unseen.times(), unseen.retransmissions())
         for (options, wanted), tracer in zip(modes.items(), tracers):

@@ -33,7 +33,7 @@ def result(record):
 
 
 @unittest.skipUnless(live.MAY_TRACE, live.WHY_NOT)
-class Truth(unittest.TestCase):
+class Tcpv4connectAgainstWorkload(unittest.TestCase):
     maxDiff = None
 
     def trace(self, *modes, pretend=None, **work):
@@ -169,7 +169,7 @@ class Results(unittest.TestCase):
                 (connect, ("10.77.0.99", 4)),           # nobody answers ARP
                 (connect, ("10.77.0.98", 5), socket.AF_INET, 0, socket.socket.close),
                 (connect, ("10.77.0.97", 6), socket.AF_INET, 0, lambda sock: sock.shutdown(socket.SHUT_RDWR))]
-            with live.tracing(every, failed, preempted, perf), live.Unseen(every) as ftrace, \
+            with live.tracing(every, failed, preempted, perf), live.UnseenStateChanges(every) as ftrace, \
                     concurrent.futures.ThreadPoolExecutor(len(attempts) + 1) as side_by_side:
                 ftrace.write("events/sock/inet_sock_set_state/filter", "dport < 60")    # not what others do
                 side_by_side.submit(hear_the_second_syn)
@@ -241,8 +241,8 @@ class Results(unittest.TestCase):
         self.assertRegex(few.stderr, "in all 3 connects lost: the map of attempts was full\n$")
 
     def test_load(self):
-        """Each connect is printed once or told lost, and no attempt is left in the map."""
-        churn = live.Churn(self.namespaces.client)
+        """Each connect is printed once or reported as lost, and no attempt is left in the map."""
+        churn = live.Load(self.namespaces.client)
         tracers = [self.tracer("--json", check=False, pretend=pretend)
                    for pretend in (None, SEVEN, {"RING_PAGES": 0}, {"RING_PAGES": 4})]
         with live.tracing(*tracers):
@@ -252,12 +252,12 @@ class Results(unittest.TestCase):
         self.assertEqual(left, [0, 0, 0, 0])
         for tracer in tracers:
             lines = tracer.objects
-            self.assertEqual(len(lines) + live.told(tracer), 20000, tracer.stderr)
+            self.assertEqual(len(lines) + live.reported_losses(tracer), 20000, tracer.stderr)
             self.assertEqual({line["result"] for line in lines}, {"ok"})
             self.assertEqual(len({(line["ts"], line["daddr"], line["lport"]) for line in lines}), len(lines))
 
     def test_results_that_are_not_seen(self):
-        """A program that sees no result: where a socket's memory is used again, this is told."""
+        """A program that sees no result: where a socket's memory is used again, this is reported."""
         blind = 'tcpv4connect.bpf_text = tcpv4connect.bpf_text.replace("|| oldstate == TCP_SYN_SENT", "")'
         with self.listeners(1) as (listener,), \
                 self.tracer("--json", check=False, before=blind) as tracer:
@@ -266,4 +266,4 @@ class Results(unittest.TestCase):
                     listener.accept()[0].close()
         self.assertIn("connects lost: their result was not seen", tracer.stderr)
         self.assertLessEqual({line["result"] for line in tracer.objects}, {"pending"})
-        self.assertEqual(len(tracer.objects) + live.told(tracer), 200)
+        self.assertEqual(len(tracer.objects) + live.reported_losses(tracer), 200)

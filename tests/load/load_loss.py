@@ -1,4 +1,4 @@
-"""What is not printed is told: printed + told lost = made, to the unit, when nobody reads or the buffers are small."""
+"""Printed + reported as lost = made, to the unit, also when nobody reads or the buffers are small."""
 import collections
 import os
 import signal
@@ -45,7 +45,7 @@ class Loss(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.namespaces = live.Namespaces().__enter__()
-        cls.churn = live.Churn(cls.namespaces.client)       # where nobody else has connections
+        cls.churn = live.Load(cls.namespaces.client)       # where nobody else has connections
 
     @classmethod
     def tearDownClass(cls):
@@ -59,9 +59,9 @@ class Loss(unittest.TestCase):
         with live.tracing(*tracers.values(), witness):
             connections = load(tracers)
         made = {tool: TOOLS[tool] * connections if TOOLS[tool] else
-                len(witness.lines) - HEADINGS[tool] + live.told(witness) for tool in TOOLS}
+                len(witness.lines) - HEADINGS[tool] + live.reported_losses(witness) for tool in TOOLS}
         printed = {tool: len(tracer.lines) - HEADINGS[tool] for tool, tracer in tracers.items()}
-        lost = {tool: live.told(tracer) for tool, tracer in tracers.items()}
+        lost = {tool: live.reported_losses(tracer) for tool, tracer in tracers.items()}
         self.assertEqual({tool: printed[tool] + lost[tool] for tool in TOOLS}, made, (printed, lost))
         self.assertEqual({tracer.status for tracer in tracers.values()}, {0})
         return lost
@@ -144,7 +144,7 @@ class Loss(unittest.TestCase):
 
     @live.by_timer
     def test_any_rate_costs_the_same(self):
-        churn = live.Churn()
+        churn = live.Load()
         ticks = {}
         for rate in (0, 1000, 20000):
             load = churn.start(int(5.5 * rate / 2), 2, rate) if rate else test_tcpchurn.Actor([lambda state: None])

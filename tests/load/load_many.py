@@ -92,9 +92,9 @@ class Many(unittest.TestCase):
         cls.namespaces.__exit__()
 
     def test_a_hundred_thousand_at_once(self):
-        """Every session is printed, but those whose end the kernel did not show: see live.Unseen."""
+        """Every session is printed, but those whose end the kernel did not show: see live.UnseenStateChanges."""
         with live.Tracer("tcplife", "--json", "--netns", self.where, check=False) as tracer, \
-                live.Unseen(tracer) as unseen:
+                live.UnseenStateChanges(tracer) as unseen:
             with Crowd(namespace=self.where) as crowd:
                 held = live.entries(tracer, "sessions")
             time.sleep(0.5)
@@ -108,7 +108,7 @@ class Many(unittest.TestCase):
             self.assertEqual(printed, dict.fromkeys(crowd.pids, EACH))
 
     def test_a_million_one_after_the_other(self):
-        churn = live.Churn(self.where)
+        churn = live.Load(self.where)
         load = churn.start(510000, 2)
         names = {"tcplife": "sessions", "deeptcptracer": "owners"}
         tracers = {tool: live.Tracer(tool, "--netns", self.where, *options, check=False) for tool, options in {
@@ -125,7 +125,7 @@ class Many(unittest.TestCase):
         self.assertLess(max(left.values()), 20, left)
 
     def test_maps_that_are_too_small(self):
-        """What fits is traced, the rest is told."""
+        """What fits is traced, the rest is reported."""
         sessions = live.Tracer("tcplife", "--json", "--netns", self.where, check=False, pretend={"MAX_SESSIONS": 1000})
         events = live.Tracer("deeptcptracer", "-e", "tcp_reset", "-N", self.where, check=False,
                              pretend={"MAX_SOCKETS": 1000})
@@ -134,7 +134,8 @@ class Many(unittest.TestCase):
                 pass
             log = workload.work(scenarios=["client_close"], namespaces=(self.where, self.where))
         printed = collections.Counter(line["pid"] for line in sessions.objects)
-        self.assertEqual(sum(printed[pid] for pid in crowd.pids) + live.told(sessions), 4000, sessions.stderr)
+        self.assertEqual(sum(printed[pid] for pid in crowd.pids) + live.reported_losses(sessions), 4000,
+                         sessions.stderr)
         self.assertRegex(sessions.stderr, "tcplife: in all [0-9]+ sessions lost: the map of live sessions was full\n")
         self.assertRegex(events.stderr, "deeptcptracer: in all [0-9]+ owners lost: the map of live sockets was full\n")
         self.assertGreater(sum(printed[pid] for pid in crowd.pids), 500)

@@ -6,7 +6,7 @@ usage: soak.py [-r RATE] SECONDS
 The load: connload.c at RATE connections per second, with it the rounds of workload.py one after the other, and now and
 then a crowd of 2,000 connections that are open at once. In the end every tool's lines are compared with what the load
 itself has counted. Prints a row per check; exit status 1 if one fails. A state change that the kernel has not shown to
-any program (live.Unseen) may be missing, no other; and tcplife has to report it.
+any program (live.UnseenStateChanges) may be missing, no other; and tcplife has to report it.
 """
 import argparse
 import collections
@@ -85,8 +85,8 @@ def compare(check, tracers, made, log, visits, left):
     check.row("tcplife: of %d known sessions missing, wrong" % len(log), "%d, %d" % (len(missing), len(wrong)),
               len(missing) <= check.unseen and not wrong)
     silent = (2 * made - lines["tcplife"]["churn"] + visits - lines["tcplife"]["crowds"] + len(missing)
-              - live.told(tracers["tcplife"]) - left)
-    check.row("tcplife: missing, but neither told nor still in the map", max(0, silent), silent <= 0)
+              - live.reported_losses(tracers["tcplife"]) - left)
+    check.row("tcplife: missing, but neither reported nor still in the map", max(0, silent), silent <= 0)
     for text in [*missing[:10], *wrong[:10]]:
         print("     %s" % text)
     for tool, known, key in (
@@ -111,9 +111,9 @@ def main():
     parser.add_argument("seconds", type=float)
     args = parser.parse_args()
     test_tcplife.MS = 200               # the processes that log wait for a CPU
-    check, program = Check(), live.Churn()
+    check, program = Check(), live.Load()
     command = [program.binary, str(10 ** 9), "2", str(args.rate)]
-    load = subprocess.Popen(["sh", "-c", 'read -r _; exec "$0" "$@"', *command],       # waits to be told
+    load = subprocess.Popen(["sh", "-c", 'read -r _; exec "$0" "$@"', *command],       # waits for a word
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     tracers = {tool: live.Tracer(tool, "--json", *options, check=False) for tool, options in {
         "tcplife": [], "tcpaccept": [], "tcpv4connect": [], "tcpchurn": [load.pid, "-i", "1"],
@@ -124,7 +124,7 @@ def main():
         stack.callback(load.kill)
         for tracer in tracers.values():
             stack.enter_context(tracer)
-        unseen = stack.enter_context(live.Unseen(tracers["tcplife"]))
+        unseen = stack.enter_context(live.UnseenStateChanges(tracers["tcplife"]))
         load.stdin.write("\n")
         load.stdin.flush()
         log, visits = mixed_load(max(10, min(60, args.seconds / 10)))
@@ -141,7 +141,7 @@ def main():
     print("%d state changes that the kernel has not shown" % unseen.count)
     compare(check, tracers, made, log + more, visits + more_visits, left["tcplife"])
     for tool, tracer in tracers.items():
-        check.row("%s: lost" % tool, live.told(tracer), live.told(tracer) <= unseen.count)
+        check.row("%s: lost" % tool, live.reported_losses(tracer), live.reported_losses(tracer) <= unseen.count)
         for line in tracer.stderr.splitlines():
             if " in all " in line:
                 print("     " + line)

@@ -21,7 +21,7 @@ import live
 import test_tcpaccept
 import workload
 
-# The peer, this house's tool, and where in a line the peer prints what tells a connection, by the names in our JSON.
+# The peer, our tool, and where in a line the peer prints what identifies a connection, by the names in our JSON.
 PAIRS = [
     ("tcplife-bpfcc", "tcplife", {"lport": 3, "raddr": 4, "rport": 5}),
     ("tcpaccept-bpfcc", "tcpaccept", {"raddr": 3, "rport": 4, "lport": 6}),
@@ -53,7 +53,7 @@ class Peer:
 
 
 def parse(lines, places):
-    """(pid, what tells the connection) of these lines of a peer."""
+    """(pid, what identifies the connection) of these lines of a peer."""
     rows = [line.split() for line in lines]
     return [(row[0], *[row[place].replace("::ffff:", "") for place in places.values()])
             for row in rows if row and row[0].isdecimal()]
@@ -68,7 +68,7 @@ def score(known, printed):
     return sum(known.values()) - wrong, wrong
 
 
-def tell(log, tool, names):
+def expected(log, tool, names):
     """What of the workload's log a tool has to show, as strings in the form of parse()."""
     if tool == "tcpaccept":
         log = test_tcpaccept.accepted(log)
@@ -96,12 +96,12 @@ def main():
         time.sleep(live.SLOW / 2)
     print(ROW % ("kernel", "tool", "of", "missed", "wrong owner"))
     for peer, tool, places in PAIRS:
-        known = tell(log, tool, places)
+        known = expected(log, tool, places)
         if peer in peers:
             lines = peers[peer].lines
             print(ROW % (release, peer, len(known), *(score(known, parse(lines, places)) if lines else ("no run", ""))))
         if tool == "tcpv4connect":
-            known = tell([record for record in log if record["ip"] == 4], tool, places)
+            known = expected([record for record in log if record["ip"] == 4], tool, places)
         printed = [(str(line["pid"]), *[str(line[name]) for name in places]) for line in ours[tool].objects]
         print(ROW % (release, tool, len(known), *score(known, printed)))
 

@@ -36,6 +36,12 @@ mandoc_clean() {
 
 check "ruff" .venv/bin/ruff check --quiet .
 check "Python 3.9 syntax" runs_on_39
+check "no phrase that a reader stumbles over" "$python" tests/static/texts.py phrases \
+    ./*.md docs/*.md man/*/* examples/*.txt ./*.py tests/*/*.py tests/*/*.sh tests/*/*.t Makefile .ci/run
+# shellcheck disable=SC2046     # one word a tool
+check "every message is in a manual page" "$python" tests/static/texts.py messages $(make -s tools)
+check "the figures of README and manual pages are those of docs/benchmarks.md" \
+    "$python" tests/static/texts.py figures
 check "shellcheck" shellcheck -x tests/*/*.sh tests/*/*.t tests/lib/python .ci/run
 check "no line over 120 columns" short_lines
 check "no file over 500 kB" no_large_file

@@ -1,4 +1,4 @@
-"""Every tool refuses wrong arguments: exit status 2 and argparse's usage, before anything is loaded."""
+"""Every tool refuses invalid arguments: exit status 2 and argparse's usage, before anything is loaded."""
 import contextlib
 import importlib
 import io

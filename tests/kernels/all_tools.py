@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """All five tools at once on one workload, in every way to start them.
 
-usage: guest.py [MODE ...]
+usage: all_tools.py [MODE ...]
 
 This is what kernels.sh runs on each kernel; it runs on any machine that can trace. A mode is a way to start the tools:
 see MODES. Prints a row for each, and what was wrong on the lines before it; exit status 1 if anything was. Without any
@@ -102,7 +102,7 @@ def differences(options, kprobes, log, life, expected, tracers):
     text = "%s, not %s" % (total, life.ALL)
     missing["tcpchurn"] = [text] * max((life.ALL - total).values(), default=0)
     wrong["tcpchurn"] = [text] if total - life.ALL else []
-    wrong["deeptcptracer"], met = test_deeptcptracer.strangers(log, events)
+    wrong["deeptcptracer"], met = test_deeptcptracer.wrong_owners(log, events)
     is_new = deeptcptracer.KERNEL >= (6, 10)
     missing["deeptcptracer"] = [text for scenario, endpoints in expected for text in test_deeptcptracer.difference(
         scenario, endpoints, events, not kprobes, kprobes or is_new, is_new and not kprobes)]
@@ -125,7 +125,7 @@ def trace(options, pretend):
     for tracer in tracers:
         tracer.start()
     with churn, events:
-        with sessions, accepts, connects, live.Unseen(sessions) as unseen:
+        with sessions, accepts, connects, live.UnseenStateChanges(sessions) as unseen:
             log = make_sessions(scenarios)
         log = test_tcplife.timed(log, unseen.times(), unseen.retransmissions())
         life.play()
@@ -137,14 +137,14 @@ def trace(options, pretend):
     missing, wrong = differences(options, kprobes, log, life, expected, tracers)
     texts, losses = [], collections.Counter()
     for tool, tracer in zip(TOOLS, tracers):
-        losses[tool] = live.told(tracer)
+        losses[tool] = live.reported_losses(tracer)
         rest = [line for line in tracer.stderr.splitlines() if " lost: " not in line and " has ended" not in line]
         texts += ["%s: %s" % (tool, text) for text in wrong[tool] + rest]
         texts += ["%s: exit status %d" % (tool, tracer.status)] * bool(tracer.status)
         if len(missing[tool]) > losses[tool]:
             texts += ["%s: missing: %s" % (tool, record) for record in missing[tool]]
     lost = ", ".join("%s %d" % item for item in (+losses).items())
-    return texts, "%d sessions" % len(log) + ("; lost and told: " + lost if lost else "")
+    return texts, "%d sessions" % len(log) + ("; lost and reported: " + lost if lost else "")
 
 
 def refuse(tool, words, wrapper=()):
@@ -163,10 +163,10 @@ def run(mode):
     if mode == "none":
         hide = "for d in /sys/kernel/btf /lib/modules; do [ ! -d $d ] || mount -t tmpfs none $d; done; exec \"$@\""
         return [text for tool in TOOLS for text in refuse(tool, r"no kernel types \(.*\): install linux-headers-.*", (
-            "unshare", "--mount", "sh", "-c", hide, "sh"))], "told in one line"
+            "unshare", "--mount", "sh", "-c", hide, "sh"))], "reported in one line"
     if mode == "lockdown":
         pathlib.Path("/sys/kernel/security/lockdown").write_text("confidentiality")
-        return [text for tool in TOOLS for text in refuse(tool, ".*lockdown.*")], "lockdown told in one line"
+        return [text for tool in TOOLS for text in refuse(tool, ".*lockdown.*")], "lockdown reported in one line"
     live.OPTIONS = options
     with tools_alone() if types == "headers" else contextlib.nullcontext():
         texts, result = trace(options, pretend)
