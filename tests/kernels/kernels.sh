@@ -17,7 +17,7 @@ limit=1500              # seconds a guest may take
 # Nothing of the release runs on this machine, so it may be of any architecture.
 install_release() {     # install_release NAME RELEASE KERNEL
     mmdebstrap --quiet --mode=root --variant=extract --architectures="${3%%-*}" --include='?priority(required)' \
-        --include="python3-bpfcc,bpfcc-tools,iproute2,kmod,busybox-static,linux-image-$3,linux-headers-$3" \
+        --include="python3-bpfcc,bpfcc-tools,iproute2,procps,kmod,busybox-static,linux-image-$3,linux-headers-$3" \
         --aptopt='Acquire::Check-Valid-Until "false"' "$2" "$cache/$1.part"     # sid's index may be older than it says
     mkdir "$cache/$1.part/mnt"
     depmod -b "$cache/$1.part" "$(basename "$cache/$1.part"/lib/modules/*)"
@@ -34,7 +34,7 @@ exchange_kernel() {     # exchange_kernel NAME RELEASE OTHER: both as hard links
 }
 
 make_root() {           # make_root NAME: a folder of the cache, unless it is there
-    [ ! -e "$cache/$1/bin/busybox" ] || return 0        # else it is from an older version of this script
+    [ ! -e "$cache/$1/sbin/sysctl" ] || return 0        # else it is from an older version of this script
     echo "kernels.sh: installing $1" >&2
     rm -rf "${cache:?}/$1" "$cache/$1.part"
     mkdir -p "$cache"
