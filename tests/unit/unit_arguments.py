@@ -62,6 +62,18 @@ class Wrong(unittest.TestCase):
                 self.assertIn("%d is a thread of process %d\n" % (thread.native_id, os.getpid()),
                               self.refused(tool, argv))
 
+    def test_a_process_may_have_any_name(self):
+        """One that is not UTF-8, and looks like a line of /proc/PID/status."""
+        def rename(name):
+            with open("/proc/self/comm", "wb") as comm:
+                comm.write(name)
+        with open("/proc/self/comm", "rb") as comm:
+            self.addCleanup(rename, comm.read()[:-1])
+        rename(b"x Tgid:\t1 \xff")
+        for tool in WRONG:
+            argv = [str(os.getpid())] if tool == "tcpchurn" else ["-p", str(os.getpid())]
+            self.assertEqual(importlib.import_module(tool).parse_args(argv).pid, os.getpid(), tool)
+
     def test_a_fifo_is_no_namespace(self):
         """And nobody waits until it is written to."""
         def too_late(*_):
