@@ -3,6 +3,8 @@
 # make test-load   all tools under full load, with buffers too small for it, and with very many sockets
 # make test-kernels   the tools on other kernels, in virtual machines (KERNELS=bookworm: on one)
 # make test-fresh    make demo and make test in a Debian where nothing is installed, in a folder (chroot)
+# make test-fleet   tcplife and tcpchurn with syslog-ng, ClickHouse, chDB and Prometheus, in a folder (chroot)
+# make bench-fleet  what that costs a machine, and the bytes a session takes
 # make lint      the static part of the tests
 # make bench     what tracing costs, beside the load untraced and beside the peers that are installed
 # make soak      all five tools under a mixed load for DURATION seconds (default 1800), checked against its counts
@@ -22,6 +24,7 @@ DURATION ?= 1800
 KERNELS = bullseye bookworm trixie sid trixie-sid bookworm-arm64 trixie-arm64-16k
 RUFF    = .venv/bin/ruff
 RUFF_VERSION = 0.17.6
+CHDB_VERSION = 26.9.0
 
 SBIN = $(DESTDIR)$(PREFIX)/sbin
 MAN7 = $(DESTDIR)$(PREFIX)/share/man/man7
@@ -42,6 +45,12 @@ test-load: deps-test
 
 test-fresh: deps-kernels
 	sh tests/setup/fresh.sh 'make demo' 'make test'
+
+test-fleet: deps-kernels
+	sh tests/setup/fresh.sh -k 'make deps-fleet' "$(PROVE) 'tests/live/live.t test_fleet'"
+
+bench-fleet: deps-kernels
+	sh tests/setup/fresh.sh -k 'make deps-fleet' 'tests/lib/python tests/fleet/bench_fleet.py'
 
 test-kernels: deps-kernels
 	sh tests/kernels/kernels.sh $(KERNELS)
@@ -69,6 +78,11 @@ deps-kernels:
 	@$(call have,qemu-system-x86_64 qemu-system-aarch64 mmdebstrap busybox cpio modprobe xz zstd) || \
 	 sh tests/setup/packages.sh kernels
 
+deps-fleet:
+	sh tests/setup/packages.sh fleet
+	$(PYTHON) -m venv /opt/chdb
+	/opt/chdb/bin/pip --quiet --disable-pip-version-check install --no-deps chdb-core==$(CHDB_VERSION)
+
 $(RUFF):
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip --quiet --disable-pip-version-check install ruff==$(RUFF_VERSION)
@@ -85,13 +99,17 @@ install:
 	install -m 755 btfheaders.py $(SBIN)
 	install -m 644 man/man8/btfheaders.8 $(MAN8)
 	install -m 644 man/man7/tcp-tracers.7 $(MAN7)
+	install -d $(DOC)/fleet
+	install -m 644 examples/fleet_example.txt $(DOC)
+	install -m 644 examples/fleet/* $(DOC)/fleet
 
 uninstall:
 	for tool in $(TOOLS); do \
 	    rm -f $(SBIN)/$$tool $(MAN8)/$$tool.8 $(DOC)/$${tool}_example.txt; \
 	done
 	rm -f $(SBIN)/btfheaders.py $(MAN8)/btfheaders.8 $(MAN7)/tcp-tracers.7
-	-rmdir $(DOC) $(dir $(DOC)) 2>/dev/null
+	rm -f $(DOC)/fleet_example.txt $(DOC)/fleet/*
+	-rmdir $(DOC)/fleet $(DOC) $(dir $(DOC)) 2>/dev/null
 
-.PHONY: help tools demo test test-load test-fresh test-kernels lint bench soak deps-demo deps-test deps-kernels \
-        install uninstall
+.PHONY: help tools demo test test-load test-fresh test-kernels test-fleet lint bench bench-fleet soak deps-demo \
+        deps-test deps-kernels deps-fleet install uninstall
