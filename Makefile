@@ -8,8 +8,11 @@
 # make lint      the static part of the tests
 # make bench     what tracing costs, beside the load untraced and beside the peers that are installed
 # make soak      all five tools under a mixed load for DURATION seconds (default 1800), checked against its counts
-# make install   tools, man pages and examples below PREFIX (default /usr/local), DESTDIR before it
+# make install   what the Debian package has, below PREFIX (default /usr/local), DESTDIR before it
 # make uninstall
+# make deb       the Debian package, in build/ (installs what is missing; as root)
+# make test-package   the package, built, installed, used and removed on Debian 12 and 13 (as root)
+# make version   write the version that CHANGELOG.md says into the tools
 # make help
 
 PREFIX  ?= /usr/local
@@ -21,15 +24,16 @@ LOAD    = load_loss load_many
 # Each argument is a command, so that a tool has a line of its own in what prove prints.
 PROVE   = PYTHON=$(PYTHON) prove --directives --failures --comments --timer --exec 'sh -c'
 DURATION ?= 1800
+PACKAGE_RELEASES = bookworm trixie
 KERNELS = bullseye bookworm trixie sid trixie-sid bookworm-arm64 trixie-arm64-16k
 RUFF    = .venv/bin/ruff
 RUFF_VERSION = 0.17.6
 CHDB_VERSION = 26.9.0
 
-SBIN = $(DESTDIR)$(PREFIX)/sbin
-MAN7 = $(DESTDIR)$(PREFIX)/share/man/man7
-MAN8 = $(DESTDIR)$(PREFIX)/share/man/man8
-DOC  = $(DESTDIR)$(PREFIX)/share/doc/tcp-tracers/examples
+VERSION := $(shell sed -n 's/^.. \[\([0-9.]*\)\] .*/\1/p' CHANGELOG.md | head -n 1)
+
+ROOT  = $(DESTDIR)$(PREFIX)
+SHARE = $(ROOT)/share
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -51,6 +55,9 @@ test-fleet: deps-kernels
 
 bench-fleet: deps-kernels
 	sh tests/setup/fresh.sh -k 'make deps-fleet' 'tests/lib/python tests/fleet/bench_fleet.py'
+
+test-package: deps-package
+	$(PROVE) $(PACKAGE_RELEASES:%='tests/package/package.t %')
 
 test-kernels: deps-kernels
 	sh tests/kernels/kernels.sh $(KERNELS)
@@ -83,6 +90,13 @@ deps-fleet:
 	$(PYTHON) -m venv /opt/chdb
 	/opt/chdb/bin/pip --quiet --disable-pip-version-check install --no-deps chdb-core==$(CHDB_VERSION)
 
+deps-deb:
+	@$(call have,dh dh_python3 dpkg-buildpackage lintian) || sh tests/setup/packages.sh deb
+
+deps-package:
+	@$(PYTHON) -c 'import pexpect, tap' 2>/dev/null && $(call have,mmdebstrap prove systemd-nspawn) || \
+	 sh tests/setup/packages.sh package
+
 $(RUFF):
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip --quiet --disable-pip-version-check install ruff==$(RUFF_VERSION)
@@ -90,26 +104,42 @@ $(RUFF):
 tools:
 	@echo $(TOOLS)
 
+# /etc is where logrotate looks, whatever PREFIX is.
 install:
-	install -d $(SBIN) $(MAN7) $(MAN8) $(DOC)
-	for tool in $(TOOLS); do \
-	    install -m 755 $$tool.py $(SBIN)/$$tool && install -m 644 man/man8/$$tool.8 $(MAN8) && \
-	    install -m 644 examples/$${tool}_example.txt $(DOC) || exit 1; \
+	install -D -t $(SHARE)/tcp-tracers $(TOOLS:=.py) btfheaders.py service/tcplife-log.py
+	install -d $(ROOT)/sbin
+	for tool in $(TOOLS) btfheaders; do ln -sf ../share/tcp-tracers/$$tool.py $(ROOT)/sbin/$$tool; done
+	for page in man/*/*; do \
+	    sed 's/^[.]Os$$/& tcp-tracers $(VERSION)/' $$page | install -D -m 644 /dev/stdin $(SHARE)/$$page || exit 1; \
 	done
-	install -m 755 btfheaders.py $(SBIN)
-	install -m 644 man/man8/btfheaders.8 $(MAN8)
-	install -m 644 man/man7/tcp-tracers.7 $(MAN7)
-	install -d $(DOC)/fleet
-	install -m 644 examples/fleet_example.txt $(DOC)
-	install -m 644 examples/fleet/* $(DOC)/fleet
+	install -D -m 644 -t $(SHARE)/doc/tcp-tracers/examples examples/*.txt
+	install -D -m 644 -t $(SHARE)/doc/tcp-tracers/examples/fleet examples/fleet/*
+	install -D -m 644 completion/bash $(SHARE)/bash-completion/completions/tcplife
+	for tool in $(filter-out tcplife,$(TOOLS)); do ln -sf tcplife $(SHARE)/bash-completion/completions/$$tool; done
+	sed 's,=/usr/,=$(PREFIX)/,' service/tcplife.service | \
+	    install -D -m 644 /dev/stdin $(ROOT)/lib/systemd/system/tcplife.service
+	install -D -m 644 service/logrotate $(DESTDIR)/etc/logrotate.d/tcp-tracers
 
+# Whatever install installs
 uninstall:
-	for tool in $(TOOLS); do \
-	    rm -f $(SBIN)/$$tool $(MAN8)/$$tool.8 $(DOC)/$${tool}_example.txt; \
-	done
-	rm -f $(SBIN)/btfheaders.py $(MAN8)/btfheaders.8 $(MAN7)/tcp-tracers.7
-	rm -f $(DOC)/fleet_example.txt $(DOC)/fleet/*
-	-rmdir $(DOC)/fleet $(DOC) $(dir $(DOC)) 2>/dev/null
+	list=$$(mktemp -d) && $(MAKE) -s install DESTDIR=$$list && \
+	(cd $$list && find . ! -type d -printf '$(DESTDIR)/%P\0') | xargs -0 rm -f && \
+	(cd $$list && find . -depth -type d -path '*/tcp-tracers*' -printf '$(DESTDIR)/%P\0') | \
+	    xargs -0 rmdir --ignore-fail-on-non-empty && rm -r $$list
+
+# In a copy, because debhelper leaves files behind. What it needs is checked here, and a compiler is not.
+deb: deps-deb
+	rm -rf build/deb && mkdir -p build/deb/tcp-tracers
+	cp -a Makefile CHANGELOG.md LICENSE *.py completion debian examples man service build/deb/tcp-tracers
+	awk -f debian/changelog.awk -v maintainer="$$(sed -n 's/^Maintainer: //p' debian/control)" CHANGELOG.md \
+	    >build/deb/tcp-tracers/debian/changelog
+	cd build/deb/tcp-tracers && dpkg-buildpackage --build=binary --no-sign --no-check-builddeps
+	lintian --fail-on error,warning build/deb/*.changes
+	mv build/deb/*.deb build
+
+# CHANGELOG.md says the version; the tools say it alone, too.
+version:
+	sed -i 's/version="%(prog)s .*"/version="%(prog)s $(VERSION)"/' $(TOOLS:=.py)
 
 .PHONY: help tools demo test test-load test-fresh test-kernels test-fleet lint bench bench-fleet soak deps-demo \
-        deps-test deps-kernels deps-fleet install uninstall
+        deps-test deps-kernels deps-fleet test-package deps-deb deps-package install uninstall deb version

@@ -5,6 +5,7 @@
 #
 # usage: deeptcptracer [-h] [-p PID] [-t] [-m] [-K] [-s ADDRESS] [-d ADDRESS] [-S PORT] [-D PORT] [-N NETNS]
 #                      [-e LIST | -R] [-4 | -6] [--json] [--duration SECONDS] [--probes {tracepoint,kprobe}] [--ebpf]
+#                      [--version]
 #
 # Prints one line per event: the process that owns the socket, the local and the remote address, the TCP state, the
 # socket's error or the reason of a RST; with -m how long a state lasted, with -K the kernel stack below it.
@@ -649,6 +650,7 @@ def parse_args(argv=None):
     add("--probes", choices=("tracepoint", "kprobe"),
         help="use this kind of probe only (default: tracepoints, and for accept() a kprobe where there are any)")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
+    add("--version", action="version", version="%(prog)s 1.0")
     parser.print_help = lambda: write(parser.format_help())     # else it would fail at Python's exit
     args = parser.parse_args(argv)
     args.kprobes = args.probes == "kprobe" or KERNEL < (4, 17)

@@ -4,7 +4,7 @@
 #            For Linux, uses bcc, eBPF.
 #
 # usage: tcpaccept [-h] [-t] [-p PID] [-T] [-P PORT] [-4 | -6] [-r] [--cgroupmap PATH] [--mntnsmap PATH] [--json]
-#                  [--netns NETNS] [--duration SECONDS] [--probes {tracepoint,kprobe}] [--ebpf]
+#                  [--netns NETNS] [--duration SECONDS] [--probes {tracepoint,kprobe}] [--ebpf] [--version]
 #
 # Prints one line per passive connection that a process has accepted: the process that called accept(), not the one that
 # listens, and the addresses. Connections that nobody accepts are not shown.
@@ -352,6 +352,7 @@ def parse_args(argv=None):
     add("--probes", choices=("tracepoint", "kprobe"),
         help="use this kind of probe only (default: the kprobe where the kernel has kprobes)")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
+    add("--version", action="version", version="%(prog)s 1.0")
     parser.print_help = lambda: write(parser.format_help())     # else it would fail at Python's exit
     args = parser.parse_args(argv)
     args.form = args.time * "%-8s " + args.timestamp * "%-8s " + TEXT % ("%-5s " if args.rport else "%.0s")

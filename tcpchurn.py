@@ -4,7 +4,7 @@
 #           For Linux, uses bcc, eBPF.
 #
 # usage: tcpchurn [-h] [-c | --json | --prometheus FILE] [-p] [-w SECONDS [SECONDS ...]] [-i SECONDS] [-a]
-#                 [--netns NETNS] [--duration SECONDS] [--probes {tracepoint,kprobe}] [--ebpf] PID
+#                 [--netns NETNS] [--duration SECONDS] [--probes {tracepoint,kprobe}] [--ebpf] [--version] PID
 #
 # O counts connections that the process opened: accept() calls that returned one, and connect() attempts. C counts those
 # that ended on this side: the process sent its FIN (close, shutdown, exit), or the connection was torn down (reset,
@@ -406,6 +406,7 @@ def parse_args(argv=None):
     add("--probes", choices=("tracepoint", "kprobe"),
         help="use this kind of probe only (default: tracepoints, and for accept() a kprobe where there are any)")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
+    add("--version", action="version", version="%(prog)s 1.0")
     parser.print_help = lambda: write(parser.format_help())     # else it would fail at Python's exit
     args = parser.parse_args(argv)
     args.kprobes = args.probes == "kprobe" or KERNEL < (4, 17)

@@ -5,7 +5,7 @@
 #
 # usage: tcplife [-h] [-T] [-t] [-w | -s | --json] [-x] [-p PID] [-L LOCALPORT] [-D REMOTEPORT] [-4 | -6] [--failed]
 #                [--existing] [--netns NETNS] [--duration SECONDS] [--owner {accept,close}]
-#                [--probes {tracepoint,kprobe}] [--ebpf]
+#                [--probes {tracepoint,kprobe}] [--ebpf] [--version]
 #
 # Prints one line per finished session: the process that owns the socket, addresses, ports, bytes each way and
 # milliseconds; with -x also how it ended. A connect that failed is shown, too.
@@ -522,6 +522,7 @@ def parse_args(argv=None):
     add("--probes", choices=("tracepoint", "kprobe"),
         help="use this kind of probe only (default: tracepoints, and for accept() a kprobe where there are any)")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
+    add("--version", action="version", version="%(prog)s 1.0")
     parser.print_help = lambda: write(parser.format_help())     # else it would fail at Python's exit
     args = parser.parse_args(argv)
     args.kprobes = args.probes == "kprobe" or KERNEL < (4, 17)

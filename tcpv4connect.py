@@ -4,7 +4,7 @@
 #               For Linux, uses bcc, eBPF.
 #
 # usage: tcpv4connect [-h] [-t] [-p PID] [-T] [-U] [-u UID] [-P PORT] [-r] [--failed] [--json] [--netns NETNS]
-#                     [--duration SECONDS] [--probes {tracepoint,kprobe}] [--ebpf]
+#                     [--duration SECONDS] [--probes {tracepoint,kprobe}] [--ebpf] [--version]
 #
 # Prints one line for each active IPv4 connection that a process attempts: when it starts, or with -r when its result is
 # known. IPv4 from an IPv6 socket (v4-mapped addresses) is shown too, IPv6 is not.
@@ -288,6 +288,7 @@ def parse_args(argv=None):
     add("--duration", metavar="SECONDS", type=number(0.001, 1e9, float), help="exit after this many seconds")
     add("--probes", choices=("tracepoint", "kprobe"), help="use this kind of probe only (default: the tracepoint)")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
+    add("--version", action="version", version="%(prog)s 1.0")
     parser.print_help = lambda: write(parser.format_help())     # else it would fail at Python's exit
     args = parser.parse_args(argv)
     if args.failed and not args.result:

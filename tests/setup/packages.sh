@@ -1,7 +1,7 @@
 #!/bin/sh
 # Install what the demo or the tests need, with the system's package manager.
 #
-# usage: packages.sh demo|test|kernels|fleet
+# usage: packages.sh demo|test|fleet|kernels|deb|package
 # shellcheck disable=SC2086     # lists of packages are meant to be split
 set -eu
 
@@ -11,6 +11,8 @@ install() {     # install COMMAND... with the packages of the chosen kind
     test) list="$demo $test" ;;
     fleet) list="$demo $test ${fleet:?the parts come from Debian: not known how to get them here}" ;;
     kernels) list=${kernels:?the kernels come from Debian: not known how to get mmdebstrap here} ;;
+    deb) list=${deb:?a Debian package is built on Debian or Ubuntu} ;;
+    package) list=${package:?the package is tested in Debian: not known how to get mmdebstrap here} ;;
     esac
     echo "packages.sh: installing $list" >&2
     "$@" $list >/dev/null
@@ -23,6 +25,8 @@ if command -v apt-get >/dev/null; then
     fleet='syslog-ng-core syslog-ng-mod-http clickhouse-server clickhouse-client prometheus prometheus-node-exporter'
     fleet="$fleet tzdata"
     kernels='qemu-system-x86 qemu-system-arm mmdebstrap busybox-static cpio kmod xz-utils zstd'
+    deb='debhelper dh-python dpkg-dev lintian'
+    package='python3-tap python3-pexpect perl mmdebstrap systemd-container iproute2'
     apt-get update -qq
     export DEBIAN_FRONTEND=noninteractive
     install apt-get install -y -qq --no-install-recommends

@@ -30,6 +30,10 @@ no_large_file() {       # 500 kB, in what might be committed
         -type f -size +500000c -print | grep .
 }
 
+version_of_changelog() {
+    [ "$("$python" "$1.py" --version)" = "$1 $(sed -n 's/^## \[\([0-9.]*\)\].*/\1/p' CHANGELOG.md | head -n 1)" ]
+}
+
 mandoc_clean() {
     mandoc -T lint -W warning "$1"
 }
@@ -42,7 +46,7 @@ check "no phrase that a reader stumbles over" "$python" tests/static/texts.py ph
 check "every message is in a manual page" "$python" tests/static/texts.py messages $(make -s tools)
 check "the figures of README and manual pages are those of docs/benchmarks.md" \
     "$python" tests/static/texts.py figures
-check "shellcheck" shellcheck -x tests/*/*.sh tests/*/*.t tests/lib/python .ci/run
+check "shellcheck" shellcheck -x tests/*/*.sh tests/*/*.t tests/lib/python .ci/run completion/bash debian/*.postrm
 check "no line over 120 columns" short_lines
 check "no file over 500 kB" no_large_file
 # shellcheck disable=SC2046     # one word a tool
@@ -52,6 +56,7 @@ for tool in $(make -s tools); do
     check "$tool: the man page is sound" mandoc_clean "man/man8/$tool.8"
     check "$tool: every option is in the man page and in the example file" options_documented "$tool"
     check "$tool: the example file shows the help text of today" help_in_example "$tool"
+    check "$tool: --version is what CHANGELOG.md says (make version)" version_of_changelog "$tool"
     check "$tool: a symlink and a run bit" test -L "$tool" -a -x "$tool.py"
 done
 plan
