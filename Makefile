@@ -3,6 +3,8 @@
 # make test-load   all tools under full load, with buffers too small for it, and with very many sockets
 # make test-kernels   the tools on other kernels, in virtual machines (KERNELS=bookworm: on one)
 # make test-fresh    make demo and make test in a Debian where nothing is installed, in a folder (chroot)
+# make test-fleet   tcplife and tcpchurn with syslog-ng, ClickHouse, chDB and Prometheus, in a folder (chroot)
+# make bench-fleet  what that costs a machine, and the bytes a session takes
 # make lint      the static part of the tests
 # make bench     what tracing costs, beside the load untraced and beside the peers that are installed
 # make soak      all five tools under a mixed load for DURATION seconds (default 1800), checked against its counts
@@ -26,6 +28,7 @@ PACKAGE_RELEASES = bookworm trixie
 KERNELS = bullseye bookworm trixie sid trixie-sid bookworm-arm64 trixie-arm64-16k
 RUFF    = .venv/bin/ruff
 RUFF_VERSION = 0.17.6
+CHDB_VERSION = 26.9.0
 
 VERSION := $(shell sed -n 's/^.. \[\([0-9.]*\)\] .*/\1/p' CHANGELOG.md | head -n 1)
 
@@ -46,6 +49,12 @@ test-load: deps-test
 
 test-fresh: deps-kernels
 	sh tests/setup/fresh.sh 'make demo' 'make test'
+
+test-fleet: deps-kernels
+	sh tests/setup/fresh.sh -k 'make deps-fleet' "$(PROVE) 'tests/live/live.t test_fleet'"
+
+bench-fleet: deps-kernels
+	sh tests/setup/fresh.sh -k 'make deps-fleet' 'tests/lib/python tests/fleet/bench_fleet.py'
 
 test-package: deps-package
 	$(PROVE) $(PACKAGE_RELEASES:%='tests/package/package.t %')
@@ -76,6 +85,11 @@ deps-kernels:
 	@$(call have,qemu-system-x86_64 qemu-system-aarch64 mmdebstrap busybox cpio modprobe xz zstd) || \
 	 sh tests/setup/packages.sh kernels
 
+deps-fleet:
+	sh tests/setup/packages.sh fleet
+	$(PYTHON) -m venv /opt/chdb
+	/opt/chdb/bin/pip --quiet --disable-pip-version-check install --no-deps chdb-core==$(CHDB_VERSION)
+
 deps-deb:
 	@$(call have,dh dh_python3 dpkg-buildpackage lintian) || sh tests/setup/packages.sh deb
 
@@ -98,7 +112,8 @@ install:
 	for page in man/*/*; do \
 	    sed 's/^[.]Os$$/& tcp-tracers $(VERSION)/' $$page | install -D -m 644 /dev/stdin $(SHARE)/$$page || exit 1; \
 	done
-	install -D -m 644 -t $(SHARE)/doc/tcp-tracers/examples examples/*
+	install -D -m 644 -t $(SHARE)/doc/tcp-tracers/examples examples/*.txt
+	install -D -m 644 -t $(SHARE)/doc/tcp-tracers/examples/fleet examples/fleet/*
 	install -D -m 644 completion/bash $(SHARE)/bash-completion/completions/tcplife
 	for tool in $(filter-out tcplife,$(TOOLS)); do ln -sf tcplife $(SHARE)/bash-completion/completions/$$tool; done
 	sed 's,=/usr/,=$(PREFIX)/,' service/tcplife.service | \
@@ -126,5 +141,5 @@ deb: deps-deb
 version:
 	sed -i 's/version="%(prog)s .*"/version="%(prog)s $(VERSION)"/' $(TOOLS:=.py)
 
-.PHONY: help tools demo test test-load test-fresh test-kernels lint bench soak deps-demo deps-test deps-kernels \
-        test-package deps-deb deps-package install uninstall deb version
+.PHONY: help tools demo test test-load test-fresh test-kernels test-fleet lint bench bench-fleet soak deps-demo \
+        deps-test deps-kernels deps-fleet test-package deps-deb deps-package install uninstall deb version

@@ -307,8 +307,8 @@ def number(low, high, kind=int):
 def process(text):
     """Returns a process ID. The process need not exist yet, but a thread is none."""
     pid = number(1, 1 << 22)(text)
-    with contextlib.suppress(OSError), open("/proc/%d/status" % pid) as status:
-        leader = int(status.read().split("Tgid:")[1].split()[0])
+    with contextlib.suppress(OSError), open("/proc/%d/status" % pid, "rb") as status:
+        leader = int(status.read().split(b"\nTgid:")[1].split()[0])
         if leader != pid:
             raise argparse.ArgumentTypeError("%d is a thread of process %d" % (pid, leader))
     return pid

@@ -3,8 +3,8 @@
 # tcpchurn  Count the TCP accepts, opens and closes of a process over sliding time windows.
 #           For Linux, uses bcc, eBPF.
 #
-# usage: tcpchurn [-h] [-c | --json] [-p] [-w SECONDS [SECONDS ...]] [-i SECONDS] [-a] [--netns NETNS]
-#                 [--duration SECONDS] [--probes {tracepoint,kprobe}] [--ebpf] [--version] PID
+# usage: tcpchurn [-h] [-c | --json | --prometheus FILE] [-p] [-w SECONDS [SECONDS ...]] [-i SECONDS] [-a]
+#                 [--netns NETNS] [--duration SECONDS] [--probes {tracepoint,kprobe}] [--ebpf] [--version] PID
 #
 # O counts connections that the process opened: accept() calls that returned one, and connect() attempts. C counts those
 # that ended on this side: the process sent its FIN (close, shutdown, exit), or the connection was torn down (reset,
@@ -52,6 +52,7 @@ examples = """examples:
     ./tcpchurn 30800 -w 1 5 10 -i 5 # other windows, an update every 5 seconds
     ./tcpchurn -w 1,5,10 30800      # the same windows
     ./tcpchurn --json 30800         # one JSON object per update
+    ./tcpchurn --prometheus tcpchurn_shop.prom 30800    # counters for node-exporter
 """
 
 PROGRAM = "tcpchurn"
@@ -367,8 +368,8 @@ def number(low, high, kind=int):
 def process(text):
     """Returns a process ID. The process need not exist yet, but a thread is none."""
     pid = number(1, 1 << 22)(text)
-    with contextlib.suppress(OSError), open("/proc/%d/status" % pid) as status:
-        leader = int(status.read().split("Tgid:")[1].split()[0])
+    with contextlib.suppress(OSError), open("/proc/%d/status" % pid, "rb") as status:
+        leader = int(status.read().split(b"\nTgid:")[1].split()[0])
         if leader != pid:
             raise argparse.ArgumentTypeError("%d is a thread of process %d" % (pid, leader))
     return pid
@@ -398,6 +399,8 @@ def parse_args(argv=None):
     add("-i", "--interval", metavar="SECONDS", type=seconds, default=1.0, help="time between two updates (default: 1)")
     add("-a", "--accepts", action="store_true", help="count accepts (A) and opens (O) separately")
     form.add_argument("--json", action="store_true", help="print one JSON object per update")
+    form.add_argument("--prometheus", metavar="FILE",
+        help="write the counts since the start to FILE, for node-exporter's textfile collector, and print nothing")
     add("--netns", type=netns, help="count in this network namespace only: inode number, path or name")
     add("--duration", metavar="SECONDS", type=seconds, help="exit after this many seconds")
     add("--probes", choices=("tracepoint", "kprobe"),
@@ -411,6 +414,8 @@ def parse_args(argv=None):
         args.pid = args.windows.pop()           # -w 1 5 10 PID
     if args.pid is None:
         parser.error("the PID is missing")
+    if args.prometheus is not None and not args.prometheus.endswith(".prom"):
+        parser.error("the textfile collector reads no file whose name does not end in .prom: %r" % args.prometheus)
     try:
         args.pid = process(args.pid)
         windows = [seconds(part) for text in args.windows or [] for part in text.split(",")]
@@ -629,6 +634,31 @@ def render(args, windows, totals):
     return args.clear * "\033[H\033[2J" + "".join(lines)
 
 
+def labels_of(pid):
+    """Returns PID and COMM as labels for Prometheus, COMM escaped as in the text of the other tools."""
+    comm = b"\n"
+    with contextlib.suppress(OSError), open("/proc/%d/comm" % pid, "rb") as file:
+        comm = file.read()
+    text = comm[:-1].decode("latin-1").encode("unicode_escape").decode("ascii")
+    return 'pid="%d",comm="%s"' % (pid, text.replace("\\", r"\\").replace('"', r'\"'))
+
+
+def publish(path, labels, start, totals, lost):
+    """Writes the counts in Prometheus' text format 0.0.4, where HELP and TYPE have to be the same in all files."""
+    new = path[:-len("prom")] + "new"           # a name that the collector does not read
+    with open(new, "w", opener=lambda name, how: os.open(name, how | os.O_NOFOLLOW, 0o644)) as file:
+        for name, kind, meaning, values in (
+                ("accepts_total", "counter", "TCP connections that the process accepted.", {"": totals[0]}),
+                ("connects_total", "counter", "Attempts of the process to connect by TCP.", {"": totals[1]}),
+                ("closes_total", "counter", "TCP connections that ended on the side of the process.", {"": totals[2]}),
+                ("lost_total", "counter", "Events that tcpchurn knows it missed.",
+                 {',what="%s"' % what: n for what, n in zip(("map_full", "probe_skipped"), lost.values())}),
+                ("start_time_seconds", "gauge", "Unix time at which counting started.", {"": start})):
+            file.write("# HELP {0}_{1} {2}\n# TYPE {0}_{1} {3}\n".format(PROGRAM, name, meaning, kind))
+            file.writelines(["%s_%s{%s%s} %s\n" % (PROGRAM, name, labels, *value) for value in values.items()])
+    os.replace(new, path)                       # so that whoever reads the file sees it whole
+
+
 def write(text):
     """Prints all of it now. Returns True if the tool is to stop and nobody has read for a second."""
     data = memoryview(text.encode())
@@ -651,7 +681,8 @@ def report(lost, reported, form="%s: %d %s"):
 
 def trace(args, bpf, birth):
     """Prints updates until a signal comes, the time is over, or the process or the reader of the output has gone."""
-    windows, reader, reported, due = Windows(args, bpf), select.poll(), {}, time.monotonic() + args.interval
+    windows, reader, reported, labels, start = Windows(args, bpf), select.poll(), {}, labels_of(args.pid), time.time()
+    due = time.monotonic() + args.interval * (not args.prometheus)
     reader.register(1, 0)
     signal.setitimer(signal.ITIMER_REAL, args.duration or 0)
     stop = gone = False
@@ -661,7 +692,10 @@ def trace(args, bpf, birth):
         stop = gone or signal.sigpending() & STOP_SIGNALS or reader.poll(0)
         if stop or time.monotonic() >= due:
             due = max(due + args.interval, time.monotonic())
-            stop = write(render(args, *windows.read())) or stop
+            if args.prometheus:
+                publish(args.prometheus, labels, start, windows.read()[1], losses(bpf))
+            else:
+                stop = write(render(args, *windows.read())) or stop
             reported = report(losses(bpf), reported)
     if gone:
         print("%s: process %d has ended" % (PROGRAM, args.pid), file=sys.stderr)
@@ -680,7 +714,11 @@ def main():
             sys.exit("%s: no such process: %d" % (PROGRAM, args.pid))
         bpf = load(args)
         learn_existing(args, bpf)
-        trace(args, bpf, birth)
+        try:
+            trace(args, bpf, birth)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(args.prometheus or "")
     except BrokenPipeError:
         pass
     except OSError as error:

@@ -1,9 +1,11 @@
 """tcpchurn against a process that opens and closes known numbers of connections in known seconds."""
 import collections
 import os
+import re
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 import unittest
@@ -214,6 +216,24 @@ class Truth(unittest.TestCase):
                          "A       0       0       0       0       0       0       0       0       0      0")
         self.assertEqual([line[0] for line in tracer.lines[:4]], [" ", "A", "O", "C"])
         actor.end()
+
+    def test_prometheus(self):
+        """The file is there from the start, has the counts in the end, and is gone afterwards."""
+        with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as listener:
+            path = os.path.join(folder, "a.prom")
+            with live.Tracer("tcpchurn", os.getpid(), "--prometheus", path, "-i", "0.2") as tracer:
+                for _ in range(3):
+                    connect(listener.getsockname()).close()
+                listener.accept()
+                time.sleep(0.5)
+                with open(path) as file:
+                    text = file.read()
+            self.assertEqual([int(n) for n in re.findall(r"_total\{.*\} (\d+)\n", text)], [1, 3, 4, 0, 0])
+            self.assertEqual((tracer.stdout, os.listdir(folder)), ("", []))
+        tracer = live.Tracer("tcpchurn", os.getpid(), "--prometheus", path, check=False)
+        with self.assertRaisesRegex(AssertionError, "tcpchurn: cannot write the output: No such file or directory\n$"):
+            tracer.__enter__()
+        self.assertEqual(tracer.status, 1)
 
     def test_no_such_process(self):
         pid = workload.spawn("gone", None, lambda: None)

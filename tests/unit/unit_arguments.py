@@ -26,7 +26,8 @@ WRONG = {
     "tcpv4connect": ({**ALL, "-p": PID, "-P": PORTS, "-u": ["", "-1", "root", "4294967296", "1.0", "\u0661"]},
                      ["--failed", "--nosuch", "-z", "word"]),
     "tcpchurn": ({**ALL, "-w": ["", "0", "-1", "x", "1,,2", "1,2,", "inf", "1e3", "0.0001,9999999"],
-                  "-i": SECONDS}, ["", "1 2", "-w 5", "1 -c --json", "1 --nosuch", "1 -z", "1 word", *PID[1:]]),
+                  "-i": SECONDS}, ["", "1 2", "-w 5", "1 -c --json", "1 --json --prometheus a.prom",
+                        "1 --prometheus a.txt", "1 --prometheus", "1 --nosuch", "1 -z", "1 word", *PID[1:]]),
     "deeptcptracer": ({**ALL, "-N": NETNS, "-p": PID, "-s": NETWORKS, "-d": NETWORKS, "-S": PORTS, "-D": PORTS,
                        "-e": ["", "nosuch", "tcp_fin,", "tcp_fin(garbage", "tcp_fin -R"]},
                       ["-4 -6", "-m 5", "--nosuch", "-z", "word"]),
@@ -61,6 +62,18 @@ class Wrong(unittest.TestCase):
                 argv = [str(thread.native_id)] if tool == "tcpchurn" else ["-p", str(thread.native_id)]
                 self.assertIn("%d is a thread of process %d\n" % (thread.native_id, os.getpid()),
                               self.refused(tool, argv))
+
+    def test_a_process_may_have_any_name(self):
+        """One that is not UTF-8, and looks like a line of /proc/PID/status."""
+        def rename(name):
+            with open("/proc/self/comm", "wb") as comm:
+                comm.write(name)
+        with open("/proc/self/comm", "rb") as comm:
+            self.addCleanup(rename, comm.read()[:-1])
+        rename(b"x Tgid:\t1 \xff")
+        for tool in WRONG:
+            argv = [str(os.getpid())] if tool == "tcpchurn" else ["-p", str(os.getpid())]
+            self.assertEqual(importlib.import_module(tool).parse_args(argv).pid, os.getpid(), tool)
 
     def test_a_fifo_is_no_namespace(self):
         """And nobody waits until it is written to."""

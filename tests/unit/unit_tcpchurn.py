@@ -3,7 +3,9 @@ import contextlib
 import io
 import ipaddress
 import json
+import os
 import struct
+import tempfile
 import unittest
 from unittest import mock
 
@@ -13,6 +15,25 @@ SAMPLE = """\
    1200.0   500.0   240.0   120.0    60.0    30.0    10.0     5.0     1.0    ALL
 O      10      10      10      10      10      10      10       6       3     10
 C       3       3       3       3       3       3       3       2       2      3
+"""
+
+PROM = """\
+# HELP tcpchurn_accepts_total TCP connections that the process accepted.
+# TYPE tcpchurn_accepts_total counter
+tcpchurn_accepts_total{pid="1",comm="init"} 4
+# HELP tcpchurn_connects_total Attempts of the process to connect by TCP.
+# TYPE tcpchurn_connects_total counter
+tcpchurn_connects_total{pid="1",comm="init"} 6
+# HELP tcpchurn_closes_total TCP connections that ended on the side of the process.
+# TYPE tcpchurn_closes_total counter
+tcpchurn_closes_total{pid="1",comm="init"} 3
+# HELP tcpchurn_lost_total Events that tcpchurn knows it missed.
+# TYPE tcpchurn_lost_total counter
+tcpchurn_lost_total{pid="1",comm="init",what="map_full"} 0
+tcpchurn_lost_total{pid="1",comm="init",what="probe_skipped"} 3
+# HELP tcpchurn_start_time_seconds Unix time at which counting started.
+# TYPE tcpchurn_start_time_seconds gauge
+tcpchurn_start_time_seconds{pid="1",comm="init"} 1795330800.25
 """
 
 
@@ -136,6 +157,26 @@ class Output(unittest.TestCase):
         value = json.loads(tcpchurn.render(tcpchurn.parse_args(["1", "--json"]), self.windows, [4, 6, 3]))
         self.assertEqual(value["opened"], [a + c for a, c in zip(value["accepted"], value["connected"])])
         self.assertEqual(value["all"], {"opened": 10, "accepted": 4, "connected": 6, "closed": 3})
+
+    def test_prometheus(self):
+        """To the letter: text format 0.0.4, and nothing is left beside the file."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "a.prom")
+            lost = dict(zip(tcpchurn.LOSSES, [0, 3]))
+            for accepted in 3, 4:
+                tcpchurn.publish(path, 'pid="1",comm="init"', 1795330800.25, (accepted, 6, 3), lost)
+            with open(path) as file:
+                self.assertEqual(file.read(), PROM)
+            self.assertEqual(os.listdir(folder), ["a.prom"])
+            os.symlink("/dev/full", os.path.join(folder, "a.new"))
+            with self.assertRaises(OSError):            # whoever may write to the folder must not redirect root
+                tcpchurn.publish(path, "", 0, (0, 0, 0), lost)
+
+    def test_label_values(self):
+        name = b'a"b\\\n\xff'
+        with mock.patch.object(tcpchurn, "open", lambda *_: io.BytesIO(name + b"\n"), create=True):
+            self.assertEqual(tcpchurn.labels_of(1), r'pid="1",comm="a\"b\\\\\\n\\xff"')
+        self.assertEqual(tcpchurn.labels_of(1 << 22), 'pid="4194304",comm=""')          # it has just ended
 
 
 if __name__ == "__main__":
