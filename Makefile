@@ -6,7 +6,7 @@
 # make test-fleet   tcplife and tcpchurn with syslog-ng, ClickHouse, chDB and Prometheus, in a folder (chroot)
 # make bench-fleet  what that costs a machine, and the bytes a session takes
 # make lint      the static part of the tests
-# make bench     what tracing costs, beside the load untraced and beside the peers that are installed
+# make bench     what tracing costs, beside the load untraced and beside the peers; draws docs/overhead.svg
 # make soak      all five tools under a mixed load for DURATION seconds (default 1800), checked against its counts
 # make install   what the Debian package has, below PREFIX (default /usr/local), DESTDIR before it
 # make uninstall
@@ -65,8 +65,10 @@ test-kernels: deps-kernels
 lint: deps-test $(RUFF)
 	$(PROVE) tests/static/lint.t
 
-bench: deps-test
-	PYTHON=$(PYTHON) tests/lib/python tests/peers/bench.py
+bench: deps-bench
+	@mkdir -p build
+	PYTHON=$(PYTHON) tests/lib/python tests/peers/bench.py | tee build/bench.txt
+	$(PYTHON) tests/peers/plot.py docs/overhead.svg <build/bench.txt
 
 soak: deps-test
 	PYTHON=$(PYTHON) tests/lib/python tests/load/soak.py $(DURATION)
@@ -80,6 +82,9 @@ deps-demo:
 deps-test: deps-demo
 	@$(PYTHON) -c 'import tap, venv, ensurepip' 2>/dev/null && \
 	 $(call have,prove shellcheck mandoc col cc bpftool sysctl mount jq) || sh tests/setup/packages.sh test
+
+deps-bench: deps-test
+	@$(PYTHON) -c 'import matplotlib' 2>/dev/null || sh tests/setup/packages.sh bench
 
 deps-kernels:
 	@$(call have,qemu-system-x86_64 qemu-system-aarch64 mmdebstrap busybox cpio modprobe xz zstd) || \
@@ -141,5 +146,5 @@ deb: deps-deb
 version:
 	sed -i 's/version="%(prog)s .*"/version="%(prog)s $(VERSION)"/' $(TOOLS:=.py)
 
-.PHONY: help tools demo test test-load test-fresh test-kernels test-fleet lint bench bench-fleet soak deps-demo \
-        deps-test deps-kernels deps-fleet test-package deps-deb deps-package install uninstall deb version
+.PHONY: help tools demo test test-load test-fresh test-kernels test-fleet lint bench bench-fleet soak \
+        deps-demo deps-bench deps-test deps-kernels deps-fleet deps-deb deps-package test-package install uninstall deb version

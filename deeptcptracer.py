@@ -989,7 +989,8 @@ def trace(args, bpf):
         time.sleep(0.1)         # the time that a line may be late
         stop = signal.sigpending() & STOP_SIGNALS or reader.poll(0)
         wall = time.time_ns() - time.monotonic_ns()     # each time anew: the clock may have been set
-        stop = write("".join([line(args, record, wall) for record in form.iter_unpack(read())])) or stop
+        records = form.iter_unpack(read()) if RING_PAGES else sorted(form.iter_unpack(read()))   # CPU by CPU before 5.8
+        stop = write("".join([line(args, record, wall) for record in records])) or stop
         reported = report(losses(bpf), reported)
     report(losses(bpf), {}, "%s: in all %d %s")
 

@@ -408,12 +408,13 @@ def parse_args(argv=None):
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     add("--version", action="version", version="%(prog)s 1.0")
     parser.print_help = lambda: write(parser.format_help())     # else it would fail at Python's exit
+    parser.usage = parser.format_usage()[len("usage: "):].replace("[PID]", "PID")      # optional for the parser only
     args = parser.parse_args(argv)
     args.kprobes = args.probes == "kprobe" or KERNEL < (4, 17)
     if args.pid is None and args.windows and len(args.windows) > 1:
         args.pid = args.windows.pop()           # -w 1 5 10 PID
     if args.pid is None:
-        parser.error("the PID is missing")
+        parser.error("the following arguments are required: PID")
     if args.prometheus is not None and not args.prometheus.endswith(".prom"):
         parser.error("the textfile collector reads no file whose name does not end in .prom: %r" % args.prometheus)
     try:

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Install what the demo or the tests need, with the system's package manager.
 #
-# usage: packages.sh demo|test|fleet|kernels|deb|package
+# usage: packages.sh demo|test|bench|fleet|kernels|deb|package
 # shellcheck disable=SC2086     # lists of packages are meant to be split
 set -eu
 
@@ -9,6 +9,7 @@ install() {     # install COMMAND... with the packages of the chosen kind
     case $kind in
     demo) list=$demo ;;
     test) list="$demo $test" ;;
+    bench) list=${bench:?the peers come from Debian: not known how to get them here} ;;
     fleet) list="$demo $test ${fleet:?the parts come from Debian: not known how to get them here}" ;;
     kernels) list=${kernels:?the kernels come from Debian: not known how to get mmdebstrap here} ;;
     deb) list=${deb:?a Debian package is built on Debian or Ubuntu} ;;
@@ -22,6 +23,7 @@ kind=${1:?}
 if command -v apt-get >/dev/null; then
     demo='python3-bpfcc iproute2'
     test='python3-tap python3-venv perl shellcheck mandoc gcc libc6-dev procps bsdextrautils bpftool mount jq'
+    bench='python3-matplotlib bpfcc-tools libbpf-tools'
     fleet='syslog-ng-core syslog-ng-mod-http clickhouse-server clickhouse-client prometheus prometheus-node-exporter'
     fleet="$fleet tzdata"
     kernels='qemu-system-x86 qemu-system-arm mmdebstrap busybox-static cpio kmod xz-utils zstd'
