@@ -630,9 +630,9 @@ def parse_args(argv=None):
     which, family = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
     add = parser.add_argument
     add("-p", "--pid", type=process, help="trace this PID only")
-    add("-t", "--timestamp", action="store_true", help="print the time of each event")
-    add("-m", "--ms", action="store_true", help="print how many milliseconds a state lasted")
-    add("-K", "--kstack", action="store_true", help="print the kernel stack")
+    add("-t", "--timestamp", action="store_true", help="include timestamp on output (HH:MM:SS.mmm)")
+    add("-m", "--ms", action="store_true", help="include how many milliseconds the old state lasted")
+    add("-K", "--kstack", action="store_true", help="include the kernel stack")
     add("-s", "--saddr", metavar="ADDRESS", type=networks, help="comma-separated list of local addresses or networks")
     add("-d", "--daddr", metavar="ADDRESS", type=networks, help="comma-separated list of remote addresses or networks")
     add("-S", "--sport", metavar="PORT", type=ports, help="comma-separated list of local ports to trace.")
@@ -645,7 +645,7 @@ def parse_args(argv=None):
                        const={EVENTS.index("tcp_retransmit_skb()")}, help="trace retransmissions only")
     family.add_argument("-4", "--ipv4", action="store_true", help="trace IPv4 only")
     family.add_argument("-6", "--ipv6", action="store_true", help="trace IPv6 only")
-    add("--json", action="store_true", help="print one JSON object per line")
+    add("--json", action="store_true", help="print one JSON object per line, with exact times")
     add("--duration", metavar="SECONDS", type=number(0.001, 1e9, float), help="exit after this many seconds")
     add("--probes", choices=("tracepoint", "kprobe"),
         help="use this kind of probe only (default: tracepoints, and for accept() a kprobe where there are any)")

@@ -48,7 +48,7 @@ examples = """examples:
     ./tcpchurn 30800                # accepts and opens, and closes, of PID 30800
     ./tcpchurn -a 30800             # accepts and opens separately
     ./tcpchurn -c 30800             # clear the screen before each update
-    ./tcpchurn -p 30800             # leave connections with private addresses out
+    ./tcpchurn -p 30800             # leave out connections with private addresses
     ./tcpchurn 30800 -w 1 5 10 -i 5 # other windows, an update every 5 seconds
     ./tcpchurn -w 1,5,10 30800      # the same windows
     ./tcpchurn --json 30800         # one JSON object per update

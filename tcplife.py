@@ -505,19 +505,19 @@ def parse_args(argv=None):
     form.add_argument("-w", "--wide", action="store_true", help="wide column output (fits IPv6 addresses)")
     form.add_argument("-s", "--csv", action="store_true", help="comma separated values output")
     add("-x", "--extra", action="store_true",
-        help="include columns on how sessions began and ended: ROLE CONN_MS RTT_MS RETR END")
+        help="include columns on how sessions started and ended: ROLE CONN_MS RTT_MS RETR END")
     add("-p", "--pid", type=process, help="trace this PID only")
     add("-L", "--localport", type=ports, help="comma-separated list of local ports to trace.")
     add("-D", "--remoteport", type=ports, help="comma-separated list of remote ports to trace.")
     family.add_argument("-4", "--ipv4", action="store_true", help="trace IPv4 only")
     family.add_argument("-6", "--ipv6", action="store_true", help="trace IPv6 only")
-    add("--failed", action="store_true", help="trace only sessions that did not end by FINs")
-    add("--existing", action="store_true", help="trace sessions from before the start, too")
+    add("--failed", action="store_true", help="trace only sessions that did not end with FINs")
+    add("--existing", action="store_true", help="also trace sessions from before the start")
     form.add_argument("--json", action="store_true", help="print one JSON object per line, with exact bytes and times")
     add("--netns", type=netns, help="trace this network namespace only: inode number, path or name")
     add("--duration", metavar="SECONDS", type=number(0.001, 1e9, float), help="exit after this many seconds")
     add("--owner", choices=("accept", "close"), default="accept",
-        help="who owns a session that came in: the process that accepted it (default), or the one that closed it, "
+        help="who owns an incoming session: the process that accepted it (default), or the one that closed it, "
              "which saves the probe on accept()")
     add("--probes", choices=("tracepoint", "kprobe"),
         help="use this kind of probe only (default: tracepoints, and for accept() a kprobe where there are any)")
