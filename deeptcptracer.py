@@ -75,7 +75,7 @@ MAX_SOCKETS = 1 << 18           # live sockets
 STACK_DEPTH = 48                # frames
 RING_PAGES = (16 << 20) // mmap.PAGESIZE if KERNEL >= (5, 8) else 0     # 16 MiB: 170,000 events without stacks
 PERF_PAGES = (1 << 20) // mmap.PAGESIZE         # per CPU, where there is no ring buffer
-HARMLESS = b"_second", b"_destroy"              # skipping programs whose names end so loses nothing
+HARMLESS = b"_second", b"_destroy"              # skipping a program whose name ends like this loses nothing
 LOSSES = ["events lost: the ring buffer was full", "owners lost: the map of live sockets was full",
           "times lost: the map of socket states was full", "events or owners lost: the kernel did not run the probe"]
 # Frames on top of a stack that belong to the tracing itself; a BPF program has no name there.
@@ -651,7 +651,7 @@ def parse_args(argv=None):
         help="use this kind of probe only (default: tracepoints, and for accept() a kprobe where there are any)")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     add("--version", action="version", version="%(prog)s 1.0")
-    parser.print_help = lambda: write(parser.format_help())     # errors would show only at Python's exit
+    parser.print_help = lambda: write(parser.format_help())     # argparse's own would fail only at exit
     args = parser.parse_args(argv)
     args.kprobes = args.probes == "kprobe" or KERNEL < (4, 17)
     return args

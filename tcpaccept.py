@@ -61,7 +61,7 @@ KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "files_struct", "fdtable", "fi
 RECENT = 1024                   # connections per CPU that are remembered as accepted
 RING_PAGES = (4 << 20) // mmap.PAGESIZE if KERNEL >= (5, 8) else 0      # 4 MiB: a second of the fastest load measured
 PERF_PAGES = (1 << 20) // mmap.PAGESIZE         # per CPU, where there is no ring buffer
-HARMLESS = b"_second", b"_destroy"              # skipping programs whose names end so loses nothing
+HARMLESS = b"_second", b"_destroy"              # skipping a program whose name ends like this loses nothing
 LOSSES = ["accepts lost: the ring buffer was full", "accepts lost: another thread had closed the socket already",
           "accepts lost: the kernel did not run the probe"]
 
@@ -353,7 +353,7 @@ def parse_args(argv=None):
         help="use this kind of probe only (default: the kprobe where the kernel has kprobes)")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     add("--version", action="version", version="%(prog)s 1.0")
-    parser.print_help = lambda: write(parser.format_help())     # errors would show only at Python's exit
+    parser.print_help = lambda: write(parser.format_help())     # argparse's own would fail only at exit
     args = parser.parse_args(argv)
     args.form = args.time * "%-8s " + args.timestamp * "%-8s " + TEXT % ("%-5s " if args.rport else "%.0s")
     return args

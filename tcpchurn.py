@@ -64,7 +64,7 @@ BUCKET_SECONDS = 0.1            # at most
 MAX_BUCKETS = 1 << 19           # 14 hours of 0.1 s
 MAX_SOCKETS = 1 << 18           # live connections of the process
 INTERVAL = 0.1                  # seconds between checks of the process
-HARMLESS = b"_second", b"_destroy"              # skipping programs whose names end so loses nothing
+HARMLESS = b"_second", b"_destroy"              # skipping a program whose name ends like this loses nothing
 LOSSES = ["closes lost: the map of live connections was full",
           "state changes or accepts lost: the kernel did not run the probe"]
 PRIVATE = ["0.0.0.0/8", "10.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16",
@@ -407,7 +407,7 @@ def parse_args(argv=None):
         help="use this kind of probe only (default: tracepoints, and for accept() a kprobe where there are any)")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     add("--version", action="version", version="%(prog)s 1.0")
-    parser.print_help = lambda: write(parser.format_help())     # errors would show only at Python's exit
+    parser.print_help = lambda: write(parser.format_help())     # argparse's own would fail only at exit
     args = parser.parse_args(argv)
     args.kprobes = args.probes == "kprobe" or KERNEL < (4, 17)
     if args.pid is None and args.windows and len(args.windows) > 1:

@@ -68,7 +68,7 @@ MAX_SESSIONS = 1 << 18          # live sockets: 27 MB of kernel memory
 MAX_UNCLAIMED = 1 << 14         # sessions that ended before accept() returned them
 RING_PAGES = (8 << 20) // mmap.PAGESIZE if KERNEL >= (5, 8) else 0      # 8 MiB: a second of the fastest load measured
 PERF_PAGES = (1 << 20) // mmap.PAGESIZE         # per CPU, where there is no ring buffer
-HARMLESS = b"_second", b"_destroy"              # skipping programs whose names end so loses nothing
+HARMLESS = b"_second", b"_destroy"              # skipping a program whose name ends like this loses nothing
 LOSSES = ["sessions lost: the ring buffer was full", "sessions lost: the map of live sessions was full",
           "sessions lost: the map of unaccepted sessions was full", "sessions lost: their end was not seen",
           "state changes or accepts lost: the kernel did not run the probe"]
@@ -523,7 +523,7 @@ def parse_args(argv=None):
         help="use this kind of probe only (default: tracepoints, and for accept() a kprobe where there are any)")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     add("--version", action="version", version="%(prog)s 1.0")
-    parser.print_help = lambda: write(parser.format_help())     # errors would show only at Python's exit
+    parser.print_help = lambda: write(parser.format_help())     # argparse's own would fail only at exit
     args = parser.parse_args(argv)
     args.kprobes = args.probes == "kprobe" or KERNEL < (4, 17)
     args.form = (args.time * "%-8s " + args.timestamp * "%-9s " + (WIDE if args.wide else NARROW) +

@@ -58,7 +58,7 @@ KERNEL_TYPES = ["tcp_sock", "net"]
 MAX_ATTEMPTS = 1 << 17          # connects under way at once, with -r: 17 MB of kernel memory
 RING_PAGES = (4 << 20) // mmap.PAGESIZE if KERNEL >= (5, 8) else 0      # 4 MiB: a second of the fastest load measured
 PERF_PAGES = (1 << 20) // mmap.PAGESIZE         # per CPU, where there is no ring buffer
-HARMLESS = b"_second"           # skipping programs whose names end so loses nothing
+HARMLESS = b"_second"           # skipping a program whose name ends like this loses nothing
 LOSSES = ["connects lost: the ring buffer was full", "connects lost: the map of attempts was full",
           "connects lost: their result was not seen", "state changes lost: the kernel did not run the probe"]
 
@@ -289,7 +289,7 @@ def parse_args(argv=None):
     add("--probes", choices=("tracepoint", "kprobe"), help="use this kind of probe only (default: the tracepoint)")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     add("--version", action="version", version="%(prog)s 1.0")
-    parser.print_help = lambda: write(parser.format_help())     # errors would show only at Python's exit
+    parser.print_help = lambda: write(parser.format_help())     # argparse's own would fail only at exit
     args = parser.parse_args(argv)
     if args.failed and not args.result:
         parser.error("--failed needs -r")
