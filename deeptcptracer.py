@@ -134,7 +134,7 @@ BPF_ARRAY(lost, u64, COUNTERS);
 BPF_RINGBUF_OUTPUT(events, RING_PAGES);
 #else
 BPF_PERF_OUTPUT(events);
-BPF_PERCPU_ARRAY(scratch, struct event, 1);     /* events with a stack are too large for a program's own */
+BPF_PERCPU_ARRAY(scratch, struct event, 1);     /* an event with a stack is too large for the program's own */
 #endif
 
 static inline void count_lost(int what)

@@ -262,7 +262,7 @@ static inline void birth(struct sock *sk, u32 role)
     if (role == CONNECT)
         set_owner(&s.owner);
     err = sessions.insert(&sk, &s);
-    if (err && err != -EEXIST)  /* exists: accept() saw it first (TCP Fast Open), or it is known to EXISTED */
+    if (err && err != -EEXIST)  /* exists: accept() saw it first (TCP Fast Open), or EXISTED comes again */
         count_lost(LOST_SESSION);
 }
 
