@@ -6,12 +6,12 @@
 #
 # bcc compiles a tool's C against the kernel headers of the running kernel, which are often not installed. It needs them
 # for types and a few constants only, and the kernel describes its own types in /sys/kernel/btf/vmlinux. libbpf, which
-# bcc itself links, prints them as C. This makes a folder of that which looks to bcc like a kernel source tree, so that
-# any bcc program compiles, with the layouts this very kernel has:
+# bcc itself links, prints them as C. This writes a directory of them that bcc takes for a kernel source tree, so that
+# any bcc program compiles, with the layouts of exactly this kernel:
 #
 #     ./btfheaders.py /root/tree && BCC_KERNEL_SOURCE=/root/tree ./some-bcc-tool
 #
-# A tool in the same directory as this file does it without leaving a folder behind, and starts in half the time:
+# A tool in the same directory as this file needs no such directory, and starts in half the time:
 #
 #     bpf = btfheaders.compiled(["tcp_sock"], lambda: BPF(text=...))
 #
@@ -32,7 +32,7 @@ VMLINUX_BTF = "/sys/kernel/btf/vmlinux"
 # What bcc needs, whatever the program is: a type for its own headers, and two functions whose presence it checks.
 BCC_TYPES = ["pt_regs"]
 BCC_FUNCTIONS = ["bpf_probe_read_kernel", "bpf_probe_read_user"]
-# For the command line: what bcc's own tools look at.
+# For the command line: what bcc's own tools use.
 COMMON_TYPES = """
     bio blk_opf_t block_device bpf_perf_event_data cmsghdr compact_control compact_priority compact_result cred dentry
     dev_t device_driver dst_entry fd fdtable file file_operations files_struct fs_struct gendisk gfp_t iattr icmphdr
@@ -45,7 +45,7 @@ COMMON_TYPES = """
     vm_area_struct zone
 """.split()
 
-# Each of these becomes a file that includes vmlinux.h: what bcc's headers and its tools include.
+# What bcc's headers and its tools include: each of these becomes a file that includes vmlinux.h.
 HEADERS = {
     "asm": "page types",
     "linux": """
@@ -123,7 +123,7 @@ PRINTF = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_
 CLONE_NEWNS, MADV_DONTNEED = 0x20000, 4
 MS_BIND, MS_REC, MS_SLAVE = 0x1000, 0x4000, 0x80000     # include/uapi/linux/mount.h
 COMPILER_STACK = 16 << 20       # bytes of address space; by default a thread has 128 KiB with musl
-SCRATCH = "/proc/bus"           # on every kernel, and nothing here needs what it holds
+SCRATCH = "/proc/bus"           # on every kernel, and nothing here needs its contents
 
 
 def load_libbpf():
@@ -158,7 +158,7 @@ def new_dump(lib, btf, emit):
 def declarations(names):
     """Return C declarations of the named kernel types and of everything they consist of.
 
-    For each name that the kernel has, a macro BTF_HAS_<name> is defined, and nothing else for one of BCC_FUNCTIONS.
+    For each name that the kernel has, a macro BTF_HAS_<name> is defined, and nothing more for one of BCC_FUNCTIONS.
     Other names are left out. Raises OSError if the kernel has no BTF or libbpf is missing.
     """
     if not os.path.exists(VMLINUX_BTF):
@@ -232,7 +232,7 @@ def write_tree(root, types):
 
 @contextlib.contextmanager
 def kernel_source(types, directory=None):
-    """While this context lasts, bcc finds the named kernel types. Its value is their text; raises OSError.
+    """While this context lasts, bcc finds the named kernel types. Yields their text; raises OSError.
 
     They are written to the directory, or to a temporary one. If the user has set BCC_KERNEL_SOURCE, nothing is done.
     """
@@ -246,7 +246,7 @@ def kernel_source(types, directory=None):
             import tempfile
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="btfheaders-"))
             for old in glob.glob(os.path.join(os.path.dirname(directory), "btfheaders-*")):
-                with contextlib.suppress(OSError):      # what kill -9 has left, an hour ago or more
+                with contextlib.suppress(OSError):      # left by kill -9, an hour ago or more
                     if os.stat(directory).st_mtime - os.lstat(old).st_mtime > 3600:
                         shutil.rmtree(old)
         text = write_tree(directory, types)
@@ -286,7 +286,7 @@ def compiled(types, compile_it):
         try:
             finished.wait()
         finally:
-            thread.join()       # after a KeyboardInterrupt too: the thread still needs what surrounds it
+            thread.join()       # after a KeyboardInterrupt too: the thread still needs this context
     if errors:
         raise explained(errors[0], output, no_types)
     release_compiler_memory()
@@ -296,7 +296,7 @@ def compiled(types, compile_it):
 def private_mounts(stack):
     """Give this thread mounts of its own: tracefs wherever bcc looks for it, and an empty directory.
 
-    Returns the path of that directory; None without CAP_SYS_ADMIN. Everything ends with the process, or before.
+    Returns the path of that directory; None without CAP_SYS_ADMIN. The mounts end with the process at the latest.
     """
     libc, slave = ctypes.CDLL(None), MS_REC | MS_SLAVE
     if libc.unshare(CLONE_NEWNS) or any(libc.mount(None, top, None, slave, None) for top in (b"/proc", b"/sys")):
@@ -321,7 +321,7 @@ def shorten_kallsyms(directory, text):
 
 @contextlib.contextmanager
 def captured_output():
-    """Hold back what is written to file descriptors 1 and 2; the context's value is a list of its lines, at the end."""
+    """Hold back what is written to file descriptors 1 and 2; yields a list, in which its lines are at the end."""
     lines, file, saved = [], os.memfd_create("output"), [os.dup(1), os.dup(2)]
     try:
         os.dup2(file, 1)
@@ -368,7 +368,7 @@ def main():
     parser = argparse.ArgumentParser(
         description="Kernel types for bcc from the running kernel's BTF.",
         epilog="Without DIR the declarations are printed. Then start any bcc program with BCC_KERNEL_SOURCE=DIR.")
-    parser.add_argument("-t", "--types", help="comma-separated names of types (default: what bcc's own tools look at)")
+    parser.add_argument("-t", "--types", help="comma-separated names of types (default: what bcc's own tools use)")
     parser.add_argument("directory", metavar="DIR", nargs="?", help="write a kernel source tree for bcc here")
     args = parser.parse_args()
     types = args.types.split(",") if args.types else COMMON_TYPES

@@ -11,7 +11,7 @@
 # socket's error or the reason of a RST; with -m how long a state lasted, with -K the kernel stack below it.
 #
 # Traces the tracepoints sock:inet_sock_set_state, sock:inet_sk_error_report, tcp:tcp_receive_reset, tcp:tcp_send_reset,
-# tcp:tcp_retransmit_skb and tcp:tcp_probe, or the functions of these names where a kernel lacks one. Sent and received
+# tcp:tcp_retransmit_skb and tcp:tcp_probe, or kernel functions where a kernel lacks one. Sent and received
 # FINs are derived from the state changes that go with them. Owners are known from connect(), accept() and close(), and
 # for sockets from before the start from /proc.
 #
@@ -45,7 +45,7 @@ sys.dont_write_bytecode = True
 try:
     from btfheaders import compiled     # kernel types without kernel headers, and a compiler that is quick and quiet
 except ImportError:
-    def compiled(_types, compile_it):   # alone, this is any bcc program: it needs kernel headers
+    def compiled(_types, compile_it):   # without it, an ordinary bcc program that needs kernel headers
         return compile_it()
 
 examples = """examples:
@@ -65,7 +65,7 @@ PROGRAM = "deeptcptracer"
 KERNEL = tuple(int(n) for n in re.findall("[0-9]+", os.uname().release)[:2])
 KERNEL_TYPES = ["tcp_sock", "net", "net_device", "sk_buff", "iphdr", "ipv6hdr", "tcphdr", "task_struct",
                 "files_struct", "fdtable", "file", "socket_alloc", "mptcp_sock"]
-# As the kernel calls them; in the order of the enum in the C text.
+# The kernel's names, in the order of the enum in the C text.
 EVENTS = ["tcp_set_state()", "tcp_send_fin()", "tcp_fin()", "tcp_reset()", "tcp_retransmit_skb()",
           "sock_def_error_report()", "tcp_ack()/win==0", "tcp_select_window()/win==0", "tcp_send_reset()"]
 STATES = ["", "ESTABLISHED", "SYN_SENT", "SYN_RECV", "FIN_WAIT1", "FIN_WAIT2", "TIME_WAIT", "CLOSE", "CLOSE_WAIT",
@@ -75,7 +75,7 @@ MAX_SOCKETS = 1 << 18           # live sockets
 STACK_DEPTH = 48                # frames
 RING_PAGES = (16 << 20) // mmap.PAGESIZE if KERNEL >= (5, 8) else 0     # 16 MiB: 170,000 events without stacks
 PERF_PAGES = (1 << 20) // mmap.PAGESIZE         # per CPU, where there is no ring buffer
-HARMLESS = b"_second", b"_destroy"              # programs of these names lose nothing when they are skipped
+HARMLESS = b"_second", b"_destroy"              # skipping a program whose name ends like this loses nothing
 LOSSES = ["events lost: the ring buffer was full", "owners lost: the map of live sockets was full",
           "times lost: the map of socket states was full", "events or owners lost: the kernel did not run the probe"]
 # Frames on top of a stack that belong to the tracing itself; a BPF program has no name there.
@@ -113,13 +113,13 @@ struct endpoint {
     u16 port, pad;
 };
 
-struct event {                  /* as HEAD below; what belongs together in a line stands together */
+struct event {                  /* as HEAD below; parts of a line are kept together */
     u64 ts;                     /* bpf_ktime_get_ns() */
     struct owner owner;
     u32 event;
     struct endpoint source, destination;
     s32 sk_err;
-    u8 which, oldstate, state, detail;  /* which: the event once more; detail: congestion state, or reason of a RST */
+    u8 which, oldstate, state, detail;  /* which: the event again; detail: congestion state, or reason of a RST */
     u32 netns;
     s32 stack_size;             /* bytes */
     u64 in_state[STATE_TIME];   /* ns in the old state; 0: not known */
@@ -128,13 +128,13 @@ struct event {                  /* as HEAD below; what belongs together in a lin
 
 BPF_HASH(owners, struct sock *, struct owner, MAX_SOCKETS);
 BPF_HASH(existing, u64, struct owner, MAX_SOCKETS);     /* of sockets from before the start, by inode */
-BPF_HASH(since, struct sock *, u64, STATE_TIME ? MAX_SOCKETS : 1);     /* ns: when it came into its state */
+BPF_HASH(since, struct sock *, u64, STATE_TIME ? MAX_SOCKETS : 1);     /* ns: when it entered its state */
 BPF_ARRAY(lost, u64, COUNTERS);
 #if RING_PAGES
 BPF_RINGBUF_OUTPUT(events, RING_PAGES);
 #else
 BPF_PERF_OUTPUT(events);
-BPF_PERCPU_ARRAY(scratch, struct event, 1);     /* for stacks, which are too large for a program's own */
+BPF_PERCPU_ARRAY(scratch, struct event, 1);     /* an event with a stack is too large for the program's own */
 #endif
 
 static inline void count_lost(int what)
@@ -146,9 +146,9 @@ static inline void count_lost(int what)
 }
 
 /*
- * The kernel skips a program that is already running on this CPU (since 6.1): it would miss the events of a softirq on
- * top of it and, since 7.0, where it can be preempted, those of a process that takes the CPU meanwhile. So a tracepoint
- * has a second program, which handles what the first was skipped for. What the first has handled is marked until then.
+ * The kernel skips a program that is already running on this CPU (since 6.1): it would miss the events of a softirq
+ * that interrupts it and, since 7.0, those of a process that preempts it. So a tracepoint has a second program, which
+ * handles what the first was skipped for. What the first has handled is marked until the second has run.
  */
 #if PREEMPTIBLE
 BPF_TABLE("lru_hash", u64, u8, marks, 1 << 14);         /* not per CPU: a preempted process may move to another one */
@@ -179,7 +179,7 @@ static inline bool is_mine(void *ctx, u64 event, bool first)
 
     if (!m)
         return false;           /* never */
-    /* A place by event and depth of the stack, where ctx is: the softirq is deeper than the process, or has its own. */
+    /* By event and depth of the stack, where ctx is: a softirq is deeper than the process, or has its own stack. */
     mark = &m->event[((u64)(ctx - (void *)m) ^ event) * 0x9e3779b97f4a7c15 >> 53];
     if (first) {
         *mark = event;
@@ -196,7 +196,7 @@ static inline bool is_mine(void *ctx, u64 event, bool first)
 /* MPTCP's own sockets and SCTP's report their states here too; MPTCP's subflows are TCP. */
 static inline u16 protocol_of(struct sock *sk)
 {
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(5, 6, 0)       /* a bit field before, and MPTCP came with 5.6 */
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(5, 6, 0)       /* a bit field before, and no MPTCP */
     return READ(sk, sk_protocol);
 #else
     return IPPROTO_TCP;
@@ -227,14 +227,14 @@ static inline struct owner *owner_of(struct sock *sk)
     o = existing.lookup(&inode);
     if (!o)
         return NULL;
-    copy = *o;                  /* from now on by its address: it has no inode after close() */
+    copy = *o;                  /* from now on by address: it has no inode after close() */
     if (owners.update(&sk, &copy))
         count_lost(LOST_OWNER);
     existing.delete(&inode);
     return owners.lookup(&sk);
 }
 
-/* Returns how long the socket was in its old state. It starts in CLOSE: what is known then is of an older one. */
+/* Returns how long the socket was in its old state. It starts in CLOSE: an entry for that is of an older socket. */
 static inline u64 time_in_state(struct sock *sk, int oldstate)
 {
     u64 *then = since.lookup(&sk), now = bpf_ktime_get_ns(), ns = then && oldstate != TCP_CLOSE ? now - *then : 0;
@@ -244,7 +244,7 @@ static inline u64 time_in_state(struct sock *sk, int oldstate)
     return ns;
 }
 
-/* Only for use where the current process is known to be the one that uses the socket. */
+/* To be called only where the current process is the one that uses the socket. */
 static inline void set_owner(struct owner *o)
 {
 #if PIDNS
@@ -361,7 +361,7 @@ static inline void emit(void *ctx, struct sock *sk, struct sk_buff *skb, struct 
     if (STATE_TIME)
         e->in_state[0] = in_state;
 #if STACK_DEPTH && KPROBES && defined(__aarch64__)
-    /* At a function's entry the caller is in the link register only, which the kernel's walk leaves out. */
+    /* At a function's entry the caller is only in the link register, which the kernel's stack walk leaves out. */
     e->stack_size = bpf_get_stack(ctx, e->stack + 1, sizeof(e->stack) - sizeof(u64), 0) + sizeof(u64);
     e->stack[0] = e->stack[1];
     e->stack[1] = ((struct pt_regs *)ctx)->regs[30];
@@ -401,12 +401,12 @@ static inline void state_change(void *ctx, struct sock *sk, int oldstate, int ne
         return;
     ns = STATE_TIME ? time_in_state(sk, oldstate) : 0;
     if (oldstate == TCP_LISTEN && newstate == TCP_SYN_RECV) {
-        /* A new socket, which has no addresses yet: an older owner at this address has missed its end. */
+        /* A new socket, which has no addresses yet: the end of an older one at this address was not seen. */
         owners.delete(&sk);
         return;
     }
     o = owner_of(sk);
-    /* The kprobe does not see the change to LISTEN: then its end has to do. */
+    /* The kprobe does not see the change to LISTEN, only the one from it. */
     if (newstate == TCP_SYN_SENT || newstate == TCP_LISTEN || ((sends_fin || oldstate == TCP_LISTEN) && !o)) {
         remember_owner(sk);     /* in connect(), listen(), close(), shutdown() or exit */
         o = owners.lookup(&sk);
@@ -435,7 +435,7 @@ static inline int retransmitted(void *ctx, struct sock *sk)
 {
     u8 ca_state;
 
-    /* icsk_ca_state is a bit field, and lies in the byte before this one */
+    /* icsk_ca_state is a bit field in the byte before this one */
     bpf_probe_read_kernel(&ca_state, 1, &((struct inet_connection_sock *)sk)->icsk_retransmits - 1);
     return happened(ctx, sk, RETRANSMIT, ca_state & 31);
 }
@@ -449,7 +449,7 @@ static inline int rst_sent(void *ctx, struct sock *sk, struct sk_buff *skb, u8 r
     u8 state = sk ? state_of(sk) : 0;
     bool is_full = state && state != TCP_TIME_WAIT && state != TCP_NEW_SYN_RECV;
 
-    if (!skb || !tcphdr_of(skb).rst)            /* the function is called for a RST too, and does not answer it */
+    if (!skb || !tcphdr_of(skb).rst)            /* the function is also called for a RST, but does not answer it */
         emit(ctx, sk, skb, is_full ? owner_of(sk) : NULL, SEND_RESET, 0, state, reason, 0);
     return 0;
 }
@@ -491,7 +491,7 @@ int kprobe_set_state(struct pt_regs *ctx, struct sock *sk, int newstate)
     return 0;
 }
 
-/* Where the function has the reason as an argument, its place differs, even within 6.12. */
+/* The position of the argument that has the reason differs between kernels, even within 6.12. */
 #define UNKNOWN 255
 
 int kprobe_rst(struct pt_regs *ctx, struct sock *sk) { return rst_sent(ctx, sk, NULL, UNKNOWN); }
@@ -503,7 +503,7 @@ int kprobe_destroy(struct pt_regs *ctx, struct sock *sk) { return destroyed(sk);
 #else
 static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
 {
-    /* An event is a socket and its new state. The address of a socket begins with 0xff. */
+    /* An event is a socket and its new state, which goes into the top byte of the address, always 0xff. */
     if (is_mine(ctx, ctx->args[0] ^ ctx->args[2] << 56, first))
         state_change(ctx, (struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
     return 0;
@@ -536,7 +536,7 @@ struct syscall_exit {
     long nr, ret;
 };
 
-/* The socket behind a descriptor of the current process; NULL if it is closed already, or no socket any more. */
+/* The socket behind a descriptor of the current process; NULL if it is already closed, or no longer a socket. */
 static inline struct sock *socket_of(long fd)
 {
     struct task_struct *task = (struct task_struct *)bpf_get_current_task();
@@ -585,7 +585,7 @@ def ports(text):
 
 
 def process(text):
-    """Returns a process ID. The process need not exist yet, but a thread is none."""
+    """Returns a process ID. The process need not exist yet, but a thread is refused."""
     pid = number(1, 1 << 22)(text)
     with contextlib.suppress(OSError), open("/proc/%d/status" % pid, "rb") as status:
         leader = int(status.read().split(b"\nTgid:")[1].split()[0])
@@ -630,9 +630,9 @@ def parse_args(argv=None):
     which, family = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
     add = parser.add_argument
     add("-p", "--pid", type=process, help="trace this PID only")
-    add("-t", "--timestamp", action="store_true", help="print the time of each event")
-    add("-m", "--ms", action="store_true", help="print how many milliseconds a state lasted")
-    add("-K", "--kstack", action="store_true", help="print the kernel stack")
+    add("-t", "--timestamp", action="store_true", help="include timestamp on output (HH:MM:SS.mmm)")
+    add("-m", "--ms", action="store_true", help="include how many milliseconds the old state lasted")
+    add("-K", "--kstack", action="store_true", help="include the kernel stack")
     add("-s", "--saddr", metavar="ADDRESS", type=networks, help="comma-separated list of local addresses or networks")
     add("-d", "--daddr", metavar="ADDRESS", type=networks, help="comma-separated list of remote addresses or networks")
     add("-S", "--sport", metavar="PORT", type=ports, help="comma-separated list of local ports to trace.")
@@ -645,13 +645,13 @@ def parse_args(argv=None):
                        const={EVENTS.index("tcp_retransmit_skb()")}, help="trace retransmissions only")
     family.add_argument("-4", "--ipv4", action="store_true", help="trace IPv4 only")
     family.add_argument("-6", "--ipv6", action="store_true", help="trace IPv6 only")
-    add("--json", action="store_true", help="print one JSON object per line")
+    add("--json", action="store_true", help="print one JSON object per line, with exact times")
     add("--duration", metavar="SECONDS", type=number(0.001, 1e9, float), help="exit after this many seconds")
     add("--probes", choices=("tracepoint", "kprobe"),
         help="use this kind of probe only (default: tracepoints, and for accept() a kprobe where there are any)")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     add("--version", action="version", version="%(prog)s 1.0")
-    parser.print_help = lambda: write(parser.format_help())     # else it would fail at Python's exit
+    parser.print_help = lambda: write(parser.format_help())     # argparse's own would fail only at exit
     args = parser.parse_args(argv)
     args.kprobes = args.probes == "kprobe" or KERNEL < (4, 17)
     return args
@@ -700,7 +700,7 @@ def reset_reasons():
 
 
 def cflags(args):
-    """Returns the arguments as macros for the C text. Only numbers get there."""
+    """Returns the arguments as macros for the C text. Only numbers get into it."""
     macros = {
         **pid_namespace(),
         "PREEMPTIBLE": int(KERNEL >= (7, 0)),
@@ -741,7 +741,7 @@ def attach(bcc, args):
     """Returns the BPF object, compiled, loaded and attached."""
     bpf = bcc.BPF(text=bpf_text, cflags=cflags(args))
     chosen = {EVENTS[event].partition("(")[0] for event in args.events}
-    # function, tracepoint, name in the C text; the destruction always: it ends what is known of owners
+    # function, tracepoint, name in the C text; destruction always, to forget owners
     probes = [("tcp_v4_destroy_sock", "tcp_destroy_sock", "destroy")]
     if "tcp_reset" in chosen:
         probes.append(("tcp_reset", "tcp_receive_reset", "reset"))
@@ -764,7 +764,7 @@ def attach(bcc, args):
         bpf.attach_kprobe(event="tcp_set_state", fn_name="kprobe_set_state")
     else:
         bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name="tracepoint_set_state_first")
-        bpf.raw_tracepoint_fds.clear()          # bcc refuses a second program on a raw tracepoint that it knows of
+        bpf.raw_tracepoint_fds.clear()          # bcc refuses a second program on a raw tracepoint it knows of
         bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name="tracepoint_set_state_second")
     attach_accept(bpf, args)
     return bpf
@@ -785,7 +785,7 @@ def load(args):
 
 
 def open_events(bpf, record):
-    """Returns a function that returns the records which have come since its last call, as bytes. record: their form.
+    """Returns a function that returns the records since its last call, as bytes. record: their struct.Struct.
 
     bcc would call back into Python once per record. The layout of a ring buffer is the kernel's ABI (see
     Documentation/bpf/ringbuf.rst): a page with the consumer's position, one with the producer's, then the data, mapped
@@ -810,7 +810,7 @@ def open_events(bpf, record):
 
     def read():
         start, end = position.value & size - 1, produced[0]
-        time.sleep(0)           # gives up Python's lock and takes it again: what libbpf has a memory barrier for
+        time.sleep(0)           # gives up Python's lock and takes it again, in place of libbpf's memory barrier
         records = data[start:start + end - position.value]
         lengths = records.cast("I")[::record.size // 4].tolist()
         # A length with a flag in it: another CPU is still writing that record.
@@ -850,10 +850,10 @@ def socket_inodes(pid):
 
 
 def learn_existing(bpf):
-    """Tells the kernel side whose the sockets are that exist already."""
+    """Passes the owners of the sockets that already exist to the kernel side."""
     table, unknown = bpf["existing"], 0
     for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):      # the process has ended meanwhile
+        with contextlib.suppress(OSError):      # the process has ended
             with open("/proc/%s/comm" % pid, "rb") as file:
                 owner = table.Leaf(int(pid), file.read()[:15].rstrip(b"\n"))
             for inode in socket_inodes(pid):
@@ -892,7 +892,7 @@ def clock(second):
     return time.strftime("%H:%M:%S", time.localtime(second))
 
 
-# A connection has many events, and the parts of a line come again and again.
+# A connection has many events, and their lines have parts in common.
 @functools.lru_cache(maxsize=4096)
 def who(packed):
     """Returns event and owner, as text and as JSON members."""
@@ -969,16 +969,16 @@ def write(text):
 
 
 def report(lost, reported, form="%s: %d %s"):
-    """Prints the losses that have not been reported yet. Returns what is reported now."""
+    """Prints the losses that have not been reported yet. Returns what has now been reported."""
     for what, count in lost.items():
         if count > reported.get(what, 0):
-            with contextlib.suppress(OSError):          # nobody reads standard error
+            with contextlib.suppress(OSError):          # standard error has no reader
                 os.write(2, (form % (PROGRAM, count - reported.get(what, 0), what) + "\n").encode())
     return lost
 
 
 def trace(args, bpf):
-    """Prints events until a signal comes, the time is over or the reader of the output has gone."""
+    """Prints events until a signal comes, the time is up or the reader of the output has gone."""
     form = struct.Struct(HEAD + "%ds%ds" % (8 * args.ms, 8 * STACK_DEPTH * args.kstack))
     read, reader, reported, stop = open_events(bpf, form), select.poll(), {}, False
     reader.register(1, 0)
@@ -986,9 +986,9 @@ def trace(args, bpf):
     learn_existing(bpf)
     write(header(args))
     while not stop:
-        time.sleep(0.1)         # the time that a line may be late
+        time.sleep(0.1)         # seconds that a line may be late
         stop = signal.sigpending() & STOP_SIGNALS or reader.poll(0)
-        wall = time.time_ns() - time.monotonic_ns()     # each time anew: the clock may have been set
+        wall = time.time_ns() - time.monotonic_ns()     # every time, as the clock may have been set
         records = form.iter_unpack(read()) if RING_PAGES else sorted(form.iter_unpack(read()))   # CPU by CPU before 5.8
         stop = write("".join([line(args, record, wall) for record in records])) or stop
         reported = report(losses(bpf), reported)

@@ -10,7 +10,7 @@
 # listens, and the addresses. Connections that nobody accepts are not shown.
 #
 # Traces security_sock_graft() (kprobe), which accept() calls with the new socket, or else the exits of the accept() and
-# accept4() system calls, and the socket behind the descriptor that they return.
+# accept4() system calls, whose descriptor leads to the socket.
 #
 # CAVEATS: while a tracepoint of a system call is on, every system call on the machine costs up to 70 ns more. These
 # exits do not cover io_uring and 32-bit programs, which the kprobe does.
@@ -40,7 +40,7 @@ sys.dont_write_bytecode = True
 try:
     from btfheaders import compiled     # kernel types without kernel headers, and a compiler that is quick and quiet
 except ImportError:
-    def compiled(_types, compile_it):   # alone, this is any bcc program: it needs kernel headers
+    def compiled(_types, compile_it):   # without it, an ordinary bcc program that needs kernel headers
         return compile_it()
 
 examples = """examples:
@@ -61,7 +61,7 @@ KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "files_struct", "fdtable", "fi
 RECENT = 1024                   # connections per CPU that are remembered as accepted
 RING_PAGES = (4 << 20) // mmap.PAGESIZE if KERNEL >= (5, 8) else 0      # 4 MiB: a second of the fastest load measured
 PERF_PAGES = (1 << 20) // mmap.PAGESIZE         # per CPU, where there is no ring buffer
-HARMLESS = b"_second", b"_destroy"              # programs of these names lose nothing when they are skipped
+HARMLESS = b"_second", b"_destroy"              # skipping a program whose name ends like this loses nothing
 LOSSES = ["accepts lost: the ring buffer was full", "accepts lost: another thread had closed the socket already",
           "accepts lost: the kernel did not run the probe"]
 
@@ -93,7 +93,7 @@ struct event {                  /* as RECORD below */
     u32 pad;
 };
 
-/* A socket's memory is used again and again, but each time with another initial sequence number. */
+/* A socket's memory is reused, but each time with another initial sequence number. */
 struct connection {
     u64 sk;
     u64 isn;
@@ -102,7 +102,7 @@ struct connection {
 enum { LOST_EVENT, LOST_SOCKET, RESCUED, COUNTERS };            /* as LOSSES above */
 
 BPF_HASH(recent, struct connection, u8, 2 * RECENT * CPUS);
-BPF_PERCPU_ARRAY(order, struct connection, RECENT);     /* the same in their order, to forget the oldest */
+BPF_PERCPU_ARRAY(order, struct connection, RECENT);     /* the same in order, to forget the oldest */
 BPF_PERCPU_ARRAY(next, u32, 1);
 BPF_ARRAY(lost, u64, COUNTERS);
 #if RING_PAGES
@@ -120,8 +120,8 @@ static inline void count_lost(int what)
 }
 
 /*
- * Since 7.0 a program can be preempted, and the kernel skips it for a process that takes the CPU meanwhile. So there is
- * a second program, which handles what the first was skipped for. What the first has handled is marked until then.
+ * Since 7.0 a program can be preempted, and the kernel skips it for the process that preempts it. So there is a second
+ * program, which handles what the first was skipped for. What the first has handled is marked until the second has run.
  */
 #if PREEMPTIBLE
 BPF_TABLE("lru_hash", u64, u8, marks, 1 << 14);         /* not per CPU: a preempted process may move to another one */
@@ -144,7 +144,7 @@ static inline bool is_mine(void *ctx, u64 event, bool first)
 
 static inline u16 protocol_of(struct sock *sk)
 {
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(5, 6, 0)       /* a bit field before, and MPTCP came with 5.6 */
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(5, 6, 0)       /* a bit field before, and no MPTCP */
     return READ(sk, sk_protocol);
 #else
     return IPPROTO_TCP;
@@ -177,7 +177,7 @@ static inline void read_endpoints(struct event *e, struct sock *sk)
     e->rport = ntohs(c.skc_dport);
 }
 
-/* Only for use where the current process is known to be the one that uses the socket. */
+/* To be called only where the current process is the one that uses the socket. */
 static inline void set_owner(struct owner *o)
 {
 #if PIDNS
@@ -222,7 +222,7 @@ struct syscall_exit {
     long nr, ret;
 };
 
-/* The socket behind a descriptor of the current process; NULL if it is closed already, or no socket any more. */
+/* The socket behind a descriptor of the current process; NULL if it is already closed, or no longer a socket. */
 static inline struct sock *socket_of(long fd)
 {
     struct task_struct *task = (struct task_struct *)bpf_get_current_task();
@@ -237,7 +237,7 @@ static inline struct sock *socket_of(long fd)
     return file && READ(socket, file) == file ? READ(socket, sk) : NULL;
 }
 
-/* Whether this connection is not accepted yet: another thread may have put an older one behind the descriptor. */
+/* Whether this connection is newly accepted: another thread may have put an older one behind the descriptor. */
 static inline bool is_new(struct sock *sk)
 {
     struct tcp_sock *tp = (struct tcp_sock *)sk;
@@ -261,7 +261,7 @@ static inline bool is_new(struct sock *sk)
     return true;
 }
 
-/* A port that connect() has chosen is in a bucket of its own kind: this socket came from there, not from accept(). */
+/* A port that connect() chose is in a bucket marked as such: this socket came from connect(), not from accept(). */
 static inline bool has_connected(struct sock *sk)
 {
     struct inet_bind_bucket *bucket = READ((struct inet_connection_sock *)sk, icsk_bind_hash);
@@ -305,7 +305,7 @@ def number(low, high, kind=int):
 
 
 def process(text):
-    """Returns a process ID. The process need not exist yet, but a thread is none."""
+    """Returns a process ID. The process need not exist yet, but a thread is refused."""
     pid = number(1, 1 << 22)(text)
     with contextlib.suppress(OSError), open("/proc/%d/status" % pid, "rb") as status:
         leader = int(status.read().split(b"\nTgid:")[1].split()[0])
@@ -353,7 +353,7 @@ def parse_args(argv=None):
         help="use this kind of probe only (default: the kprobe where the kernel has kprobes)")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     add("--version", action="version", version="%(prog)s 1.0")
-    parser.print_help = lambda: write(parser.format_help())     # else it would fail at Python's exit
+    parser.print_help = lambda: write(parser.format_help())     # argparse's own would fail only at exit
     args = parser.parse_args(argv)
     args.form = args.time * "%-8s " + args.timestamp * "%-8s " + TEXT % ("%-5s " if args.rport else "%.0s")
     return args
@@ -369,7 +369,7 @@ def pid_namespace():
 
 
 def cflags(args):
-    """Returns the arguments as macros for the C text. Only numbers get there."""
+    """Returns the arguments as macros for the C text. Only numbers get into it."""
     macros = {
         **pid_namespace(),
         "PREEMPTIBLE": int(KERNEL >= (7, 0)),
@@ -427,7 +427,7 @@ def load(args):
 
 
 def open_events(bpf, record):
-    """Returns a function that returns the records which have come since its last call, as bytes. record: their form.
+    """Returns a function that returns the records since its last call, as bytes. record: their struct.Struct.
 
     bcc would call back into Python once per record. The layout of a ring buffer is the kernel's ABI (see
     Documentation/bpf/ringbuf.rst): a page with the consumer's position, one with the producer's, then the data, mapped
@@ -452,7 +452,7 @@ def open_events(bpf, record):
 
     def read():
         start, end = position.value & size - 1, produced[0]
-        time.sleep(0)           # gives up Python's lock and takes it again: what libbpf has a memory barrier for
+        time.sleep(0)           # gives up Python's lock and takes it again, in place of libbpf's memory barrier
         records = data[start:start + end - position.value]
         lengths = records.cast("I")[::record.size // 4].tolist()
         # A length with a flag in it: another CPU is still writing that record.
@@ -532,26 +532,26 @@ def write(text):
 
 
 def report(lost, reported, form="%s: %d %s"):
-    """Prints the losses that have not been reported yet. Returns what is reported now."""
+    """Prints the losses that have not been reported yet. Returns what has now been reported."""
     for what, count in lost.items():
         if count > reported.get(what, 0):
-            with contextlib.suppress(OSError):          # nobody reads standard error
+            with contextlib.suppress(OSError):          # standard error has no reader
                 os.write(2, (form % (PROGRAM, count - reported.get(what, 0), what) + "\n").encode())
     return lost
 
 
 def trace(args, bpf):
-    """Prints accepts until a signal comes, the time is over or the reader of the output has gone."""
+    """Prints accepts until a signal comes, the time is up or the reader of the output has gone."""
     read, reader, start, reported, stop = open_events(bpf, RECORD), select.poll(), 0, {}, False
     reader.register(1, 0)
     signal.setitimer(signal.ITIMER_REAL, args.duration or 0)
     write(header(args))
     while not stop:
-        time.sleep(0.1)         # the time that a line may be late
+        time.sleep(0.1)         # seconds that a line may be late
         stop = signal.sigpending() & STOP_SIGNALS or reader.poll(0)
         records = list(RECORD.iter_unpack(read()))
         start = start or (records and records[0][0])
-        wall = time.time_ns() - time.monotonic_ns()     # each time anew: the clock may have been set
+        wall = time.time_ns() - time.monotonic_ns()     # every time, as the clock may have been set
         stop = write("".join([line(args, record, start, wall) for record in records])) or stop
         reported = report(losses(bpf), reported)
     report(losses(bpf), {}, "%s: in all %d %s")

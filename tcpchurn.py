@@ -8,13 +8,13 @@
 #
 # O counts connections that the process opened: accept() calls that returned one, and connect() attempts. C counts those
 # that ended on this side: the process sent its FIN (close, shutdown, exit), or the connection was torn down (reset,
-# timeout, abort), each once. So O - C under ALL is by how much the open connections have grown since the start.
+# timeout, abort), each once. So O - C under ALL is the growth in open connections since the start.
 #
 # Traces the sock:inet_sock_set_state tracepoint (tcp_set_state() before Linux 4.17), tcp:tcp_destroy_sock, accept() and
-# the exit of the process. The kernel side counts in buckets of time; no event comes to user space, at any rate.
+# the exit of the process. The kernel side counts in buckets of time; no events are sent to user space.
 #
 # CAVEATS: a window is exact to one bucket: 0.1 s, or a tenth of the smallest window if that is less. A connection that
-# the process hands to another stays its own.
+# the process hands to another remains its own.
 
 import signal
 
@@ -41,14 +41,14 @@ sys.dont_write_bytecode = True
 try:
     from btfheaders import compiled     # kernel types without kernel headers, and a compiler that is quick and quiet
 except ImportError:
-    def compiled(_types, compile_it):   # alone, this is any bcc program: it needs kernel headers
+    def compiled(_types, compile_it):   # without it, an ordinary bcc program that needs kernel headers
         return compile_it()
 
 examples = """examples:
     ./tcpchurn 30800                # accepts and opens, and closes, of PID 30800
     ./tcpchurn -a 30800             # accepts and opens separately
     ./tcpchurn -c 30800             # clear the screen before each update
-    ./tcpchurn -p 30800             # leave connections with private addresses out
+    ./tcpchurn -p 30800             # leave out connections with private addresses
     ./tcpchurn 30800 -w 1 5 10 -i 5 # other windows, an update every 5 seconds
     ./tcpchurn -w 1,5,10 30800      # the same windows
     ./tcpchurn --json 30800         # one JSON object per update
@@ -63,8 +63,8 @@ WINDOWS = [1.0, 5.0, 10.0, 30.0, 60.0, 120.0, 240.0, 500.0, 1200.0]     # second
 BUCKET_SECONDS = 0.1            # at most
 MAX_BUCKETS = 1 << 19           # 14 hours of 0.1 s
 MAX_SOCKETS = 1 << 18           # live connections of the process
-INTERVAL = 0.1                  # seconds between two looks at the process
-HARMLESS = b"_second", b"_destroy"              # programs of these names lose nothing when they are skipped
+INTERVAL = 0.1                  # seconds between checks of the process
+HARMLESS = b"_second", b"_destroy"              # skipping a program whose name ends like this loses nothing
 LOSSES = ["closes lost: the map of live connections was full",
           "state changes or accepts lost: the kernel did not run the probe"]
 PRIVATE = ["0.0.0.0/8", "10.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16",
@@ -89,7 +89,7 @@ bpf_text = r"""
 enum { ACCEPTED, CONNECTED, CLOSED, COUNTERS };
 enum { LOST_SOCKET, RESCUED, LOST_COUNTERS };           /* as LOSSES above */
 
-/* What had been counted when a bucket of time got its first event: so no bucket ever has to be cleared. */
+/* What had been counted when a bucket of time got its first event, so that no bucket ever has to be cleared. */
 struct bucket {                 /* as BUCKET below */
     u64 number;                 /* bpf_ktime_get_ns() / BUCKET_NS */
     u64 count[COUNTERS];
@@ -98,7 +98,7 @@ struct bucket {                 /* as BUCKET below */
 BPF_F_TABLE("array", int, struct bucket, buckets, BUCKETS + 1, BUCKETS_FLAGS);      /* the last one: counted so far */
 BPF_HASH(owned, struct sock *, u8, MAX_SOCKETS);        /* opened by the process since the start, and open */
 BPF_HASH(existing, u64, u8, MAX_SOCKETS);               /* inodes of its sockets from before the start */
-BPF_ARRAY(ended, u8, 1);                                /* whether the process has */
+BPF_ARRAY(ended, u8, 1);                                /* whether the process has ended */
 BPF_ARRAY(lost, u64, LOST_COUNTERS);
 
 static inline void count_lost(int what)
@@ -110,9 +110,9 @@ static inline void count_lost(int what)
 }
 
 /*
- * The kernel skips a program that is already running on this CPU (since 6.1): it would miss the events of a softirq on
- * top of it and, since 7.0, where it can be preempted, those of a process that takes the CPU meanwhile. So a tracepoint
- * has a second program, which handles what the first was skipped for. What the first has handled is marked until then.
+ * The kernel skips a program that is already running on this CPU (since 6.1): it would miss the events of a softirq
+ * that interrupts it and, since 7.0, those of a process that preempts it. So a tracepoint has a second program, which
+ * handles what the first was skipped for. What the first has handled is marked until the second has run.
  */
 #if PREEMPTIBLE
 BPF_TABLE("lru_hash", u64, u8, marks, 1 << 14);         /* not per CPU: a preempted process may move to another one */
@@ -143,7 +143,7 @@ static inline bool is_mine(void *ctx, u64 event, bool first)
 
     if (!m)
         return false;           /* never */
-    /* A place by event and depth of the stack, where ctx is: the softirq is deeper than the process, or has its own. */
+    /* By event and depth of the stack, where ctx is: a softirq is deeper than the process, or has its own stack. */
     mark = &m->event[((u64)(ctx - (void *)m) ^ event) * 0x9e3779b97f4a7c15 >> 53];
     if (first) {
         *mark = event;
@@ -165,7 +165,7 @@ static inline u32 netns_of(struct sock *sk)
 /* MPTCP's own sockets and SCTP's report their states here too; MPTCP's subflows are TCP. */
 static inline u16 protocol_of(struct sock *sk)
 {
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(5, 6, 0)       /* a bit field before, and MPTCP came with 5.6 */
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(5, 6, 0)       /* a bit field before, and no MPTCP */
     return READ(sk, sk_protocol);
 #else
     return IPPROTO_TCP;
@@ -249,7 +249,7 @@ static inline void opened(struct sock *sk, int how)
     if (!is_of_process() || protocol_of(sk) != IPPROTO_TCP || !is_wanted(sk))
         return;
     err = owned.insert(&sk, &one);
-    if (err == -EEXIST)         /* another thread has put this socket behind the descriptor, and it is counted */
+    if (err == -EEXIST)         /* another thread put this socket behind the descriptor: it is counted already */
         return;
     if (err)
         count_lost(LOST_SOCKET);
@@ -270,7 +270,7 @@ static inline void accepted(void *ctx, struct sock *sk)
 
 static inline void state_change(void *ctx, struct sock *sk, int oldstate, int newstate)
 {
-    /* A new socket, too: if it is known, the end of an older one at this address was not seen. */
+    /* For new sockets, too: if one is known, the end of an older one at this address was not seen. */
     if ((oldstate == TCP_CLOSE || oldstate == TCP_LISTEN || !is_open(newstate)) && newstate != TCP_LISTEN)
         closed(sk, oldstate);
     if (newstate == TCP_SYN_SENT)
@@ -288,7 +288,7 @@ int kprobe_destroy(struct pt_regs *ctx, struct sock *sk) { closed(sk, TCP_CLOSE)
 #else
 static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
 {
-    /* An event is a socket and its new state. The address of a socket begins with 0xff. */
+    /* An event is a socket and its new state, which goes into the top byte of the address, always 0xff. */
     if (is_mine(ctx, ctx->args[0] ^ ctx->args[2] << 56, first))
         state_change(ctx, (struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
     return 0;
@@ -305,7 +305,7 @@ int tracepoint_destroy(struct bpf_raw_tracepoint_args *ctx)
 }
 #endif
 
-/* At the exit of each thread. What comes later with this PID is another process. */
+/* At the exit of each thread. A later process with this PID is another one. */
 int exited(void *ctx)
 {
     struct task_struct *task = (struct task_struct *)bpf_get_current_task();
@@ -325,7 +325,7 @@ struct syscall_exit {
     long nr, ret;
 };
 
-/* The socket behind a descriptor of the current process; NULL if it is closed already, or no socket any more. */
+/* The socket behind a descriptor of the current process; NULL if it is already closed, or no longer a socket. */
 static inline struct sock *socket_of(long fd)
 {
     struct task_struct *task = (struct task_struct *)bpf_get_current_task();
@@ -366,7 +366,7 @@ def number(low, high, kind=int):
 
 
 def process(text):
-    """Returns a process ID. The process need not exist yet, but a thread is none."""
+    """Returns a process ID. The process need not exist yet, but a thread is refused."""
     pid = number(1, 1 << 22)(text)
     with contextlib.suppress(OSError), open("/proc/%d/status" % pid, "rb") as status:
         leader = int(status.read().split(b"\nTgid:")[1].split()[0])
@@ -407,7 +407,7 @@ def parse_args(argv=None):
         help="use this kind of probe only (default: tracepoints, and for accept() a kprobe where there are any)")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     add("--version", action="version", version="%(prog)s 1.0")
-    parser.print_help = lambda: write(parser.format_help())     # else it would fail at Python's exit
+    parser.print_help = lambda: write(parser.format_help())     # argparse's own would fail only at exit
     parser.usage = parser.format_usage()[len("usage: "):].replace("[PID]", "PID")      # optional for the parser only
     args = parser.parse_args(argv)
     args.kprobes = args.probes == "kprobe" or KERNEL < (4, 17)
@@ -434,7 +434,7 @@ def bucket_ns(args):
 
 
 def buckets(args):
-    """Returns how many buckets the largest window needs: the full ones, one that fills, and one that is just over."""
+    """Returns how many buckets the largest window needs: the full ones, one being filled, and one just over."""
     return math.ceil(args.windows[0] * 1e9 / bucket_ns(args)) + 2
 
 
@@ -462,7 +462,7 @@ def pid_namespace():
 
 
 def cflags(args):
-    """Returns the arguments as macros for the C text. Only numbers get there."""
+    """Returns the arguments as macros for the C text. Only numbers get into it."""
     macros = {
         **pid_namespace(),
         "PREEMPTIBLE": int(KERNEL >= (7, 0)),
@@ -498,11 +498,11 @@ def attach(bcc, args):
     if args.kprobes:
         bpf.attach_kprobe(event="tcp_set_state", fn_name="kprobe_set_state")
         bpf.attach_kprobe(event="tcp_v4_destroy_sock", fn_name="kprobe_destroy")
-        with contextlib.suppress(Exception):    # no CONFIG_TASKSTATS: the look at /proc has to do
+        with contextlib.suppress(Exception):    # no CONFIG_TASKSTATS: only /proc shows it
             bpf.attach_kprobe(event="taskstats_exit", fn_name="exited")
     else:
         bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name="tracepoint_set_state_first")
-        bpf.raw_tracepoint_fds.clear()          # bcc refuses a second program on a raw tracepoint that it knows of
+        bpf.raw_tracepoint_fds.clear()          # bcc refuses a second program on a raw tracepoint it knows of
         bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name="tracepoint_set_state_second")
         bpf.attach_raw_tracepoint(tp="tcp_destroy_sock", fn_name="tracepoint_destroy")
         bpf.attach_raw_tracepoint(tp="sched_process_exit", fn_name="exited")
@@ -563,13 +563,13 @@ def socket_inodes(pid):
 
 
 def learn_existing(args, bpf):
-    """Tells the kernel side which sockets the process has already."""
+    """Passes the sockets that the process already has to the kernel side."""
     table, unknown = bpf["existing"], 0
     try:
         os.listdir("/proc/%d/fd" % args.pid)
     except PermissionError:
         print("%s: sockets from before the start not known: needs CAP_SYS_PTRACE" % PROGRAM, file=sys.stderr)
-    except OSError:             # it has ended meanwhile: trace() reports that
+    except OSError:             # the process has ended: trace() reports that
         pass
     for inode in socket_inodes(args.pid):
         try:
@@ -657,7 +657,7 @@ def publish(path, labels, start, totals, lost):
                 ("start_time_seconds", "gauge", "Unix time at which counting started.", {"": start})):
             file.write("# HELP {0}_{1} {2}\n# TYPE {0}_{1} {3}\n".format(PROGRAM, name, meaning, kind))
             file.writelines(["%s_%s{%s%s} %s\n" % (PROGRAM, name, labels, *value) for value in values.items()])
-    os.replace(new, path)                       # so that whoever reads the file sees it whole
+    os.replace(new, path)                       # so that a reader never sees half a file
 
 
 def write(text):
@@ -672,16 +672,16 @@ def write(text):
 
 
 def report(lost, reported, form="%s: %d %s"):
-    """Prints the losses that have not been reported yet. Returns what is reported now."""
+    """Prints the losses that have not been reported yet. Returns what has now been reported."""
     for what, count in lost.items():
         if count > reported.get(what, 0):
-            with contextlib.suppress(OSError):          # nobody reads standard error
+            with contextlib.suppress(OSError):          # standard error has no reader
                 os.write(2, (form % (PROGRAM, count - reported.get(what, 0), what) + "\n").encode())
     return lost
 
 
 def trace(args, bpf, birth):
-    """Prints updates until a signal comes, the time is over, or the process or the reader of the output has gone."""
+    """Prints updates until a signal comes, the time is up, or the process or the reader of the output has gone."""
     windows, reader, reported, labels, start = Windows(args, bpf), select.poll(), {}, labels_of(args.pid), time.time()
     due = time.monotonic() + args.interval * (not args.prometheus)
     reader.register(1, 0)

@@ -8,7 +8,7 @@
 #                [--probes {tracepoint,kprobe}] [--ebpf] [--version]
 #
 # Prints one line per finished session: the process that owns the socket, addresses, ports, bytes each way and
-# milliseconds; with -x also how it ended. A connect that failed is shown, too.
+# milliseconds; with -x also how it ended. Failed connects are shown, too.
 #
 # Traces the sock:inet_sock_set_state tracepoint (tcp_set_state() before Linux 4.17), tcp:tcp_destroy_sock and accept().
 # No packet is looked at. The owner of a session is the process that called connect() or accept(): many state changes
@@ -45,7 +45,7 @@ sys.dont_write_bytecode = True
 try:
     from btfheaders import compiled     # kernel types without kernel headers, and a compiler that is quick and quiet
 except ImportError:
-    def compiled(_types, compile_it):   # alone, this is any bcc program: it needs kernel headers
+    def compiled(_types, compile_it):   # without it, an ordinary bcc program that needs kernel headers
         return compile_it()
 
 examples = """examples:
@@ -68,7 +68,7 @@ MAX_SESSIONS = 1 << 18          # live sockets: 27 MB of kernel memory
 MAX_UNCLAIMED = 1 << 14         # sessions that ended before accept() returned them
 RING_PAGES = (8 << 20) // mmap.PAGESIZE if KERNEL >= (5, 8) else 0      # 8 MiB: a second of the fastest load measured
 PERF_PAGES = (1 << 20) // mmap.PAGESIZE         # per CPU, where there is no ring buffer
-HARMLESS = b"_second", b"_destroy"              # programs of these names lose nothing when they are skipped
+HARMLESS = b"_second", b"_destroy"              # skipping a program whose name ends like this loses nothing
 LOSSES = ["sessions lost: the ring buffer was full", "sessions lost: the map of live sessions was full",
           "sessions lost: the map of unaccepted sessions was full", "sessions lost: their end was not seen",
           "state changes or accepts lost: the kernel did not run the probe"]
@@ -91,7 +91,7 @@ struct owner {
 };
 
 enum { EXISTED, CONNECT, ACCEPT };                      /* as ROLES below */
-enum { LOCAL, REMOTE, BOTH, ABORT, QUIT, NEVER_SENT };  /* as ENDS below; the first three by FINs */
+enum { LOCAL, REMOTE, BOTH, ABORT, QUIT, NEVER_SENT };  /* as ENDS below; the first three with FINs */
 
 struct session {
     u64 born;                   /* bpf_ktime_get_ns(); 0: before the start of the tool */
@@ -132,9 +132,9 @@ static inline void count_lost(int what)
 }
 
 /*
- * The kernel skips a program that is already running on this CPU (since 6.1): it would miss the events of a softirq on
- * top of it and, since 7.0, where it can be preempted, those of a process that takes the CPU meanwhile. So a tracepoint
- * has a second program, which handles what the first was skipped for. What the first has handled is marked until then.
+ * The kernel skips a program that is already running on this CPU (since 6.1): it would miss the events of a softirq
+ * that interrupts it and, since 7.0, those of a process that preempts it. So a tracepoint has a second program, which
+ * handles what the first was skipped for. What the first has handled is marked until the second has run.
  */
 #if PREEMPTIBLE
 BPF_TABLE("lru_hash", u64, u8, marks, 1 << 14);         /* not per CPU: a preempted process may move to another one */
@@ -165,7 +165,7 @@ static inline bool is_mine(void *ctx, u64 event, bool first)
 
     if (!m)
         return false;           /* never */
-    /* A place by event and depth of the stack, where ctx is: the softirq is deeper than the process, or has its own. */
+    /* By event and depth of the stack, where ctx is: a softirq is deeper than the process, or has its own stack. */
     mark = &m->event[((u64)(ctx - (void *)m) ^ event) * 0x9e3779b97f4a7c15 >> 53];
     if (first) {
         *mark = event;
@@ -187,7 +187,7 @@ static inline u32 netns_of(struct sock *sk)
 /* MPTCP's own sockets and SCTP's report their states here too; MPTCP's subflows are TCP. */
 static inline u16 protocol_of(struct sock *sk)
 {
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(5, 6, 0)       /* a bit field before, and MPTCP came with 5.6 */
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(5, 6, 0)       /* a bit field before, and no MPTCP */
     return READ(sk, sk_protocol);
 #else
     return IPPROTO_TCP;
@@ -230,7 +230,7 @@ static inline void submit(void *ctx, struct event *e)
         count_lost(LOST_EVENT);
 }
 
-/* Only for use where the current process is known to be the one that uses the socket. */
+/* To be called only where the current process is the one that uses the socket. */
 static inline void set_owner(struct owner *o)
 {
 #if PIDNS
@@ -262,11 +262,11 @@ static inline void birth(struct sock *sk, u32 role)
     if (role == CONNECT)
         set_owner(&s.owner);
     err = sessions.insert(&sk, &s);
-    if (err && err != -EEXIST)  /* exists: accept() saw it first (TCP Fast Open), or it is no news to EXISTED */
+    if (err && err != -EEXIST)  /* exists: accept() saw it first (TCP Fast Open), or EXISTED comes again */
         count_lost(LOST_SESSION);
 }
 
-/* A new socket: an older session at this address has missed its end. lookup() takes no lock, delete() does. */
+/* A new socket: the end of an older session at this address was not seen. lookup() takes no lock, delete() does. */
 static inline void forget(struct sock *sk)
 {
     if ((sessions.lookup(&sk) && !sessions.delete(&sk)) || (unclaimed.lookup(&sk) && !unclaimed.delete(&sk)))
@@ -310,7 +310,7 @@ static inline void death(void *ctx, struct sock *sk, int oldstate)
     sessions.delete(&sk);
     flags = READ(sk, __sk_common.skc_flags);
     fin_acked = fin_acked && READ(tp, snd_una) == READ(tp, write_seq);
-    if (oldstate == TCP_SYN_SENT)       /* no SYN: connect() itself failed, for want of a port for example */
+    if (oldstate == TCP_SYN_SENT)       /* no SYN: connect() itself failed, for lack of a port for example */
         e.end = READ(tp, segs_out) ? QUIT : NEVER_SENT;
     /* In FIN_WAIT2 without SOCK_DEAD and SOCK_DONE, close() came after shutdown() and found unread data. */
     if (fin_acked && (oldstate != TCP_FIN_WAIT2 || flags & 3))
@@ -397,7 +397,7 @@ int kprobe_destroy(struct pt_regs *ctx, struct sock *sk) { claim(ctx, sk, 0); re
 #else
 static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
 {
-    /* An event is a socket and its new state. The address of a socket begins with 0xff. */
+    /* An event is a socket and its new state, which goes into the top byte of the address, always 0xff. */
     if (is_mine(ctx, ctx->args[0] ^ ctx->args[2] << 56, first))
         state_change(ctx, (struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
     return 0;
@@ -406,7 +406,7 @@ static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
 int tracepoint_set_state_first(struct bpf_raw_tracepoint_args *ctx) { return set_state(ctx, true); }
 int tracepoint_set_state_second(struct bpf_raw_tracepoint_args *ctx) { return set_state(ctx, false); }
 
-/* A socket in CLOSE is destroyed in close(), and one that still waits for accept() in the listener's close(). */
+/* A socket in CLOSE is destroyed in close(), and one still waiting for accept() in the listener's close(). */
 int tracepoint_destroy(struct bpf_raw_tracepoint_args *ctx) { claim(ctx, (struct sock *)ctx->args[0], 0); return 0; }
 #endif
 
@@ -418,7 +418,7 @@ struct syscall_exit {
     long nr, ret;
 };
 
-/* The socket behind a descriptor of the current process; NULL if it is closed already, or no socket any more. */
+/* The socket behind a descriptor of the current process; NULL if it is already closed, or no longer a socket. */
 static inline struct sock *socket_of(long fd)
 {
     struct task_struct *task = (struct task_struct *)bpf_get_current_task();
@@ -475,7 +475,7 @@ def ports(text):
 
 
 def process(text):
-    """Returns a process ID. The process need not exist yet, but a thread is none."""
+    """Returns a process ID. The process need not exist yet, but a thread is refused."""
     pid = number(1, 1 << 22)(text)
     with contextlib.suppress(OSError), open("/proc/%d/status" % pid, "rb") as status:
         leader = int(status.read().split(b"\nTgid:")[1].split()[0])
@@ -505,25 +505,25 @@ def parse_args(argv=None):
     form.add_argument("-w", "--wide", action="store_true", help="wide column output (fits IPv6 addresses)")
     form.add_argument("-s", "--csv", action="store_true", help="comma separated values output")
     add("-x", "--extra", action="store_true",
-        help="include columns on how sessions began and ended: ROLE CONN_MS RTT_MS RETR END")
+        help="include columns on how sessions started and ended: ROLE CONN_MS RTT_MS RETR END")
     add("-p", "--pid", type=process, help="trace this PID only")
     add("-L", "--localport", type=ports, help="comma-separated list of local ports to trace.")
     add("-D", "--remoteport", type=ports, help="comma-separated list of remote ports to trace.")
     family.add_argument("-4", "--ipv4", action="store_true", help="trace IPv4 only")
     family.add_argument("-6", "--ipv6", action="store_true", help="trace IPv6 only")
-    add("--failed", action="store_true", help="trace only sessions that did not end by FINs")
-    add("--existing", action="store_true", help="trace sessions from before the start, too")
+    add("--failed", action="store_true", help="trace only sessions that did not end with FINs")
+    add("--existing", action="store_true", help="also trace sessions from before the start")
     form.add_argument("--json", action="store_true", help="print one JSON object per line, with exact bytes and times")
     add("--netns", type=netns, help="trace this network namespace only: inode number, path or name")
     add("--duration", metavar="SECONDS", type=number(0.001, 1e9, float), help="exit after this many seconds")
     add("--owner", choices=("accept", "close"), default="accept",
-        help="who owns a session that came in: the process that accepted it (default), or the one that closed it, "
+        help="who owns an incoming session: the process that accepted it (default), or the one that closed it, "
              "which saves the probe on accept()")
     add("--probes", choices=("tracepoint", "kprobe"),
         help="use this kind of probe only (default: tracepoints, and for accept() a kprobe where there are any)")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     add("--version", action="version", version="%(prog)s 1.0")
-    parser.print_help = lambda: write(parser.format_help())     # else it would fail at Python's exit
+    parser.print_help = lambda: write(parser.format_help())     # argparse's own would fail only at exit
     args = parser.parse_args(argv)
     args.kprobes = args.probes == "kprobe" or KERNEL < (4, 17)
     args.form = (args.time * "%-8s " + args.timestamp * "%-9s " + (WIDE if args.wide else NARROW) +
@@ -546,7 +546,7 @@ def pid_namespace():
 
 
 def cflags(args):
-    """Returns the arguments as macros for the C text. Only numbers get there."""
+    """Returns the arguments as macros for the C text. Only numbers get into it."""
     macros = {
         **pid_namespace(),
         "PREEMPTIBLE": int(KERNEL >= (7, 0)),
@@ -587,7 +587,7 @@ def attach(bcc, args):
         bpf.attach_kprobe(event="tcp_v4_destroy_sock", fn_name="kprobe_destroy")
     else:
         bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name="tracepoint_set_state_first")
-        bpf.raw_tracepoint_fds.clear()          # bcc refuses a second program on a raw tracepoint that it knows of
+        bpf.raw_tracepoint_fds.clear()          # bcc refuses a second program on a raw tracepoint it knows of
         bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name="tracepoint_set_state_second")
         bpf.attach_raw_tracepoint(tp="tcp_destroy_sock", fn_name="tracepoint_destroy")
     if args.owner == "accept":
@@ -610,7 +610,7 @@ def load(args):
 
 
 def open_events(bpf, record):
-    """Returns a function that returns the records which have come since its last call, as bytes. record: their form.
+    """Returns a function that returns the records since its last call, as bytes. record: their struct.Struct.
 
     bcc would call back into Python once per record. The layout of a ring buffer is the kernel's ABI (see
     Documentation/bpf/ringbuf.rst): a page with the consumer's position, one with the producer's, then the data, mapped
@@ -635,7 +635,7 @@ def open_events(bpf, record):
 
     def read():
         start, end = position.value & size - 1, produced[0]
-        time.sleep(0)           # gives up Python's lock and takes it again: what libbpf has a memory barrier for
+        time.sleep(0)           # gives up Python's lock and takes it again, in place of libbpf's memory barrier
         records = data[start:start + end - position.value]
         lengths = records.cast("I")[::record.size // 4].tolist()
         # A length with a flag in it: another CPU is still writing that record.
@@ -737,27 +737,27 @@ def write(text):
 
 
 def report(lost, reported, form="%s: %d %s"):
-    """Prints the losses that have not been reported yet. Returns what is reported now."""
+    """Prints the losses that have not been reported yet. Returns what has now been reported."""
     for what, count in lost.items():
         if count > reported.get(what, 0):
-            with contextlib.suppress(OSError):          # nobody reads standard error
+            with contextlib.suppress(OSError):          # standard error has no reader
                 os.write(2, (form % (PROGRAM, count - reported.get(what, 0), what) + "\n").encode())
     return lost
 
 
 def trace(args, bpf):
-    """Prints sessions until a signal comes, the time is over or the reader of the output has gone."""
+    """Prints sessions until a signal comes, the time is up or the reader of the output has gone."""
     read, reader, start, reported, stop = open_events(bpf, RECORD), select.poll(), time.monotonic_ns(), {}, False
     reader.register(1, 0)
     signal.setitimer(signal.ITIMER_REAL, args.duration or 0)
     write(header(args))
     while not stop:
-        time.sleep(0.1)         # the time that a line may be late
+        time.sleep(0.1)         # seconds that a line may be late
         stop = signal.sigpending() & STOP_SIGNALS or reader.poll(0)
         records = read()
-        if stop and not args.pid:       # sessions that are over but that nobody has accepted: their owner is not known
+        if stop and not args.pid:       # sessions that ended before anybody accepted them: their owner is not known
             records += b"".join(bytes(8) + bytes(event) for event in bpf["unclaimed"].values())
-        wall = time.time_ns() - time.monotonic_ns()     # each time anew: the clock may have been set
+        wall = time.time_ns() - time.monotonic_ns()     # every time, as the clock may have been set
         stop = write("".join([line(args, record, start, wall) for record in RECORD.iter_unpack(records)])) or stop
         reported = report(losses(bpf), reported)
     report(losses(bpf), {}, "%s: in all %d %s")

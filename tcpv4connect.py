@@ -40,7 +40,7 @@ sys.dont_write_bytecode = True
 try:
     from btfheaders import compiled     # kernel types without kernel headers, and a compiler that is quick and quiet
 except ImportError:
-    def compiled(_types, compile_it):   # alone, this is any bcc program: it needs kernel headers
+    def compiled(_types, compile_it):   # without it, an ordinary bcc program that needs kernel headers
         return compile_it()
 
 examples = """examples:
@@ -58,7 +58,7 @@ KERNEL_TYPES = ["tcp_sock", "net"]
 MAX_ATTEMPTS = 1 << 17          # connects under way at once, with -r: 17 MB of kernel memory
 RING_PAGES = (4 << 20) // mmap.PAGESIZE if KERNEL >= (5, 8) else 0      # 4 MiB: a second of the fastest load measured
 PERF_PAGES = (1 << 20) // mmap.PAGESIZE         # per CPU, where there is no ring buffer
-HARMLESS = b"_second"           # programs of such names lose nothing when they are skipped
+HARMLESS = b"_second"           # skipping a program whose name ends like this loses nothing
 LOSSES = ["connects lost: the ring buffer was full", "connects lost: the map of attempts was full",
           "connects lost: their result was not seen", "state changes lost: the kernel did not run the probe"]
 
@@ -90,7 +90,7 @@ struct event {                  /* as RECORD below */
 
 enum { LOST_EVENT, LOST_ATTEMPT, LOST_RESULT, RESCUED, COUNTERS };      /* as LOSSES above */
 
-BPF_HASH(attempts, struct sock *, struct event, MAX_ATTEMPTS);          /* that are not decided yet, with RESULTS */
+BPF_HASH(attempts, struct sock *, struct event, MAX_ATTEMPTS);          /* not decided yet, with RESULTS */
 BPF_ARRAY(lost, u64, COUNTERS);
 #if RING_PAGES
 BPF_RINGBUF_OUTPUT(events, RING_PAGES);
@@ -108,8 +108,8 @@ static inline void count_lost(int what)
 
 /*
  * The kernel skips a program that is already running on this CPU: for a process that preempts it (since 7.0) and for a
- * softirq on top of it, which matters to RESULTS only. So there is a second program then, which handles what the first
- * was skipped for. What the first has handled is marked until then.
+ * softirq that interrupts it, which matters to RESULTS only. For these there is a second program, which handles what
+ * the first was skipped for. What the first has handled is marked until the second has run.
  */
 #if TWO_PROGRAMS
 BPF_TABLE("lru_hash", u64, u8, marks, 1 << 14);         /* not per CPU: a preempted process may move to another one */
@@ -133,14 +133,14 @@ static inline bool is_mine(void *ctx, u64 event, bool first)
 /* MPTCP's own sockets and SCTP's report their states here too; MPTCP's subflows are TCP. */
 static inline u16 protocol_of(struct sock *sk)
 {
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(5, 6, 0)       /* a bit field before, and MPTCP came with 5.6 */
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(5, 6, 0)       /* a bit field before, and no MPTCP */
     return READ(sk, sk_protocol);
 #else
     return IPPROTO_TCP;
 #endif
 }
 
-/* Only for use where the current process is known to be the one that uses the socket. */
+/* To be called only where the current process is the one that uses the socket. */
 static inline void set_owner(struct owner *o)
 {
 #if PIDNS
@@ -176,7 +176,7 @@ static inline void decide(void *ctx, struct sock *sk, int newstate)
         return count_lost(LOST_RESULT);         /* of an older socket at this address */
     e.decided = bpf_ktime_get_ns();
     e.lport = ntohs(READ((struct inet_sock *)sk, inet_sport));
-    /* No error: by close() or shutdown(); or connect() itself failed, for want of a port for example. */
+    /* No error: close() or shutdown(), or connect() itself failed, for lack of a port for example. */
     if (newstate != TCP_ESTABLISHED)
         e.result = READ(sk, sk_err) ?: READ((struct tcp_sock *)sk, segs_out) ? -1 : -2;
     if (e.result || !ONLY_FAILED)
@@ -215,7 +215,7 @@ static inline void state_change(void *ctx, struct sock *sk, int oldstate, int ne
 
 static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
 {
-    /* An event is a socket and its new state. The address of a socket begins with 0xff. */
+    /* An event is a socket and its new state, which goes into the top byte of the address, always 0xff. */
     if (is_mine(ctx, ctx->args[0] ^ ctx->args[2] << 56, first))
         state_change(ctx, (struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
     return 0;
@@ -249,7 +249,7 @@ def number(low, high, kind=int):
 
 
 def process(text):
-    """Returns a process ID. The process need not exist yet, but a thread is none."""
+    """Returns a process ID. The process need not exist yet, but a thread is refused."""
     pid = number(1, 1 << 22)(text)
     with contextlib.suppress(OSError), open("/proc/%d/status" % pid, "rb") as status:
         leader = int(status.read().split(b"\nTgid:")[1].split()[0])
@@ -289,7 +289,7 @@ def parse_args(argv=None):
     add("--probes", choices=("tracepoint", "kprobe"), help="use this kind of probe only (default: the tracepoint)")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     add("--version", action="version", version="%(prog)s 1.0")
-    parser.print_help = lambda: write(parser.format_help())     # else it would fail at Python's exit
+    parser.print_help = lambda: write(parser.format_help())     # argparse's own would fail only at exit
     args = parser.parse_args(argv)
     if args.failed and not args.result:
         parser.error("--failed needs -r")
@@ -308,7 +308,7 @@ def pid_namespace():
 
 
 def cflags(args):
-    """Returns the arguments as macros for the C text. Only numbers get there."""
+    """Returns the arguments as macros for the C text. Only numbers get into it."""
     macros = {
         **pid_namespace(),
         "TWO_PROGRAMS": int(args.two_programs),
@@ -331,9 +331,9 @@ def attach(bcc, args):
     else:
         for fn_name in ["tracepoint_set_state_first"] + ["tracepoint_set_state_second"] * args.two_programs:
             bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name=fn_name)
-            bpf.raw_tracepoint_fds.clear()      # bcc refuses a second program on a raw tracepoint that it knows of
+            bpf.raw_tracepoint_fds.clear()      # bcc refuses a second program on a raw tracepoint it knows of
     if not args.two_programs:
-        bpf.funcs.clear()       # losses() has nothing to count: skipped are state changes in softirq, and no connect
+        bpf.funcs.clear()       # losses() has nothing to count: only state changes in softirq are skipped, no connects
     return bpf
 
 
@@ -352,7 +352,7 @@ def load(args):
 
 
 def open_events(bpf, record):
-    """Returns a function that returns the records which have come since its last call, as bytes. record: their form.
+    """Returns a function that returns the records since its last call, as bytes. record: their struct.Struct.
 
     bcc would call back into Python once per record. The layout of a ring buffer is the kernel's ABI (see
     Documentation/bpf/ringbuf.rst): a page with the consumer's position, one with the producer's, then the data, mapped
@@ -377,7 +377,7 @@ def open_events(bpf, record):
 
     def read():
         start, end = position.value & size - 1, produced[0]
-        time.sleep(0)           # gives up Python's lock and takes it again: what libbpf has a memory barrier for
+        time.sleep(0)           # gives up Python's lock and takes it again, in place of libbpf's memory barrier
         records = data[start:start + end - position.value]
         lengths = records.cast("I")[::record.size // 4].tolist()
         # A length with a flag in it: another CPU is still writing that record.
@@ -457,29 +457,29 @@ def write(text):
 
 
 def report(lost, reported, form="%s: %d %s"):
-    """Prints the losses that have not been reported yet. Returns what is reported now."""
+    """Prints the losses that have not been reported yet. Returns what has now been reported."""
     for what, count in lost.items():
         if count > reported.get(what, 0):
-            with contextlib.suppress(OSError):          # nobody reads standard error
+            with contextlib.suppress(OSError):          # standard error has no reader
                 os.write(2, (form % (PROGRAM, count - reported.get(what, 0), what) + "\n").encode())
     return lost
 
 
 def trace(args, bpf):
-    """Prints connects until a signal comes, the time is over or the reader of the output has gone."""
+    """Prints connects until a signal comes, the time is up or the reader of the output has gone."""
     read, reader, start, reported, stop = open_events(bpf, RECORD), select.poll(), time.monotonic_ns(), {}, False
     reader.register(1, 0)
     signal.setitimer(signal.ITIMER_REAL, args.duration or 0)
     write(header(args))
     while not stop:
-        time.sleep(0.1)         # the time that a line may be late
+        time.sleep(0.1)         # seconds that a line may be late
         stop = signal.sigpending() & STOP_SIGNALS or reader.poll(0)
         under_way = [bytes(8) + bytes(event) for event in bpf["attempts"].values()] if stop and args.result else []
         records = RECORD.iter_unpack(read())
-        if under_way:           # but for those that have been decided since
+        if under_way:           # except those decided since
             records = list(records)
             records += sorted(set(map(RECORD.unpack, under_way)) - {(*record[:7], 0, 0, 0) for record in records})
-        wall = time.time_ns() - time.monotonic_ns()     # each time anew: the clock may have been set
+        wall = time.time_ns() - time.monotonic_ns()     # every time, as the clock may have been set
         stop = write("".join([line(args, record, start, wall) for record in records])) or stop
         reported = report(losses(bpf), reported)
     report(losses(bpf), {}, "%s: in all %d %s")

@@ -38,7 +38,7 @@ FROM tcplife WHERE raddr = '10.30.0.32' AND ts > toUnixTimestamp(now()) - 3600 O
 SELECT host, count() AS n, max(time) AS last
 FROM tcplife WHERE ts > toUnixTimestamp(now()) - 86400 GROUP BY host ORDER BY last, host LIMIT 5;
 
--- 7: what is missing in all this: what tcplife reported as lost, and why it did not run
+-- 7: what is missing from all this: what tcplife reported as lost, and why it did not run
 SELECT host, count() AS n, max(time) AS last, sum(toUInt64OrZero(extract(message, '^tcplife: (\\d+) '))) AS lost,
        replaceRegexpOne(message, '^tcplife: (in all )?\\d+ ', '') AS what
 FROM tcplife_messages WHERE time > now() - 86400 AND message NOT LIKE 'tcplife: in all %'

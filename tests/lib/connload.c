@@ -3,8 +3,8 @@
  *
  * usage: churn CONNECTIONS [THREADS [RATE]]
  *
- * CONNECTIONS from each of THREADS client threads (default 1), RATE a second from all of them together (default: as
- * fast as they go). The client resets, so that no port stays in TIME_WAIT. Ends early with SIGINT. Prints the port,
+ * CONNECTIONS from each of THREADS client threads (default 1), RATE per second from all of them together (default: as
+ * fast as possible). The client resets, so that no port stays in TIME_WAIT. Ends early with SIGINT. Prints the port,
  * connections and rate.
  */
 #include <arpa/inet.h>

@@ -1,4 +1,4 @@
-"""Start a tool on the real kernel, and stop it: what the live tests share."""
+"""What the live tests share: starting a tool on the real kernel and stopping it."""
 import collections
 import contextlib
 import ctypes
@@ -14,8 +14,8 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 PYTHON = os.environ.get("PYTHON", "/usr/bin/python3")
-TOOLS = os.environ.get("TOOLS", str(ROOT))                      # the folder where the tools stand
-OPTIONS = os.environ.get("TOOL_OPTIONS", "").split()            # what every tool is started with
+TOOLS = os.environ.get("TOOLS", str(ROOT))                      # the directory of the tools
+OPTIONS = os.environ.get("TOOL_OPTIONS", "").split()            # options for every tool
 SLOW = float(os.environ.get("SLOW", "1"))                       # how much slower this machine is than a real one
 BPF = {"x86_64": 321, "aarch64": 280}[os.uname().machine]      # number of the system call
 # Numbers of the system calls that time.sleep() makes: clock_nanosleep(), or select() or pselect6() of no descriptor.
@@ -70,7 +70,7 @@ class Tracer:
         return self
 
     def is_tracing(self):
-        """In its main loop a tool sleeps, and nowhere else."""
+        """Returns whether the tool is in its main loop, the only place where it sleeps."""
         try:
             with open("/proc/%d/syscall" % self.process.pid) as syscall:
                 return syscall.read().startswith(SLEEPS)
@@ -104,7 +104,7 @@ class Tracer:
 
 @contextlib.contextmanager
 def tracing(*tracers):
-    """All of these are tracing while the context lasts. They start side by side and end side by side."""
+    """All of these trace while the context lasts. They start in parallel and end in parallel."""
     with contextlib.ExitStack() as stack:
         for tracer in tracers:
             tracer.start()
@@ -118,7 +118,7 @@ def tracing(*tracers):
 
 
 def strict_json(line):
-    """The object on this line, which any reader has to accept: RFC 8259, I-JSON (RFC 7493), and no spaces."""
+    """Returns the object on this line, which any reader must accept: RFC 8259, I-JSON (RFC 7493), and no spaces."""
     def unique(pairs):
         assert len(dict(pairs)) == len(pairs), "a name comes twice in %s" % line
         return dict(pairs)
@@ -132,7 +132,7 @@ def strict_json(line):
 
 
 def comm(line):
-    """The bytes of a process's name, from an object of JSON."""
+    """Returns the bytes of a process's name, from a JSON object."""
     return bytes.fromhex(line["comm_hex"]) if "comm_hex" in line else line["comm"].encode()
 
 
@@ -141,7 +141,7 @@ def every(_record):
 
 
 def ours(log, lines, connection):
-    """The lines of a workload: of its connections, whoever is named there, and of its processes.
+    """Returns the lines of a workload: of its connections, whatever owner they name, and of its processes.
 
     connection: a function that returns the key of a connection, for a record of the log as for a line.
     """
@@ -150,18 +150,18 @@ def ours(log, lines, connection):
 
 
 def reported_losses(tracer):
-    """How much a tool that has ended says it has lost in all."""
+    """Returns how much a tool that has exited reports as lost in all."""
     return sum(int(line.split(" in all ")[1].split()[0]) for line in tracer.stderr.splitlines() if " in all " in line)
 
 
 def compare(known, printed, key):
-    """Which of the known records are not printed, and which printed are not known, by their key(); with doubles."""
+    """Returns the keys of known records that are not printed, and of printed ones that are not known; with doubles."""
     known, printed = collections.Counter(map(key, known)), collections.Counter(map(key, printed))
     return sorted((known - printed).elements()), sorted((printed - known).elements())
 
 
 def entries(tracer, name):
-    """How many entries the tool's BPF map of this name has."""
+    """Returns how many entries the tool's BPF map of this name has."""
     maps = json.loads(subprocess.check_output(["bpftool", "-j", "map", "show", "name", name]))
     maps = [maps] if isinstance(maps, dict) else maps           # bpftool's form for one and for many
     ours = {int(info.split("map_id:")[1].split()[0])
@@ -191,19 +191,19 @@ class UnseenStateChanges:
             file.write(text)
 
     def runs(self):
-        """How often the busiest of the tool's raw tracepoint programs has run; None if it has none."""
+        """Returns how often the busiest of the tool's raw tracepoint programs has run; None if it has none."""
         runs = []
         for path in pathlib.Path("/proc/%d/fdinfo" % self.tracer.process.pid).iterdir():
             try:
                 info = dict(line.split(":\t", 1) for line in path.read_text().splitlines() if ":\t" in line)
-            except FileNotFoundError:       # the tool has closed it since
+            except FileNotFoundError:       # closed by the tool in the meantime
                 continue
             if info.get("prog_type") == "17":           # BPF_PROG_TYPE_RAW_TRACEPOINT
                 runs.append(int(info.get("run_cnt", 0)))
         return max(runs) if runs else None
 
     def __enter__(self):
-        # BPF_ENABLE_STATS: counts runs as long as this is open. Others may turn the sysctl off meanwhile.
+        # BPF_ENABLE_STATS: counts runs as long as this is open. Others may turn off the sysctl.
         self.stats = ctypes.CDLL(None).syscall(BPF, 32, ctypes.byref(ctypes.c_uint32(0)), 4)
         assert self.stats >= 0, "bpf(BPF_ENABLE_STATS) fails"
         if not os.path.isdir("/sys/kernel/tracing/events"):
@@ -229,19 +229,19 @@ class UnseenStateChanges:
             self.count = max(0, traced - self.trace.count(" tcp_retransmit_skb: ") - (after - self.before))
 
     def times(self):
-        """{(lport, rport, new state): [CLOCK_MONOTONIC seconds, ...]} of what the kernel traced last."""
+        """Returns {(lport, rport, new state): [CLOCK_MONOTONIC seconds, ...]} of what the kernel traced last."""
         times = collections.defaultdict(list)
         for seconds, lport, rport, state in self.change.findall(self.trace):
             times[int(lport), int(rport), state].append(float(seconds))
         return times
 
     def retransmissions(self):
-        """{(lport, rport): how many segments of it the kernel sent again}"""
+        """Returns {(lport, rport): how many segments of it the kernel retransmitted}."""
         return collections.Counter((int(lport), int(rport)) for lport, rport in self.again.findall(self.trace))
 
 
 def by_timer(test):
-    """For events that a timer causes: one of three tries has to be right to the last line.
+    """For events that a timer causes: one of three tries must be right to the last line.
 
     A timer's interrupt may come while a task is current for which this kernel runs no BPF program, as in
     UnseenStateChanges.
@@ -258,7 +258,7 @@ def by_timer(test):
 
 
 class Namespaces:
-    """Two network namespaces with a veth pair between them; names and the server's addresses.
+    """Two network namespaces with a veth pair between them: their names and the server's addresses.
 
     From the client's, the networks 10.78.0.0/24 and fd78::/64 are unreachable: the server's says so.
     """
@@ -290,7 +290,7 @@ class Namespaces:
 
     @property
     def where(self):
-        """The arguments of workload.work() for a run between the two."""
+        """Returns the arguments of workload.work() for a run between the two."""
         return {"namespaces": (self.client, self.server), "hosts": self.hosts}
 
     @staticmethod
@@ -299,7 +299,7 @@ class Namespaces:
 
 
 class Load:
-    """The load of connload.c, compiled once: churn.run(connections, threads, rate) is the rate it reached."""
+    """The load of connload.c, compiled once. run(connections, threads, rate) returns the rate it reached."""
 
     def __init__(self, namespace=None):
         self.folder = tempfile.TemporaryDirectory()

@@ -14,7 +14,7 @@ check() {
     result "$checks" "$@"
 }
 
-# beside NAME COMMAND...: the same, at once with the others that are started so; together() prints the results
+# beside NAME COMMAND...: the same, in parallel with the others started this way; together() prints the results
 beside() {
     checks=$((checks + 1))
     result "$checks" "$@" >"$tmp/$checks.tap" &
@@ -25,7 +25,7 @@ together() {
     cat "$tmp"/*.tap && rm "$tmp"/*.tap
 }
 
-# In a subshell, and with a folder for temporary files that only this check has
+# In a subshell, with a directory for temporary files of this check only
 result() (
     tmp=$tmp/$1 name=$2
     shift 2

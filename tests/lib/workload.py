@@ -1,9 +1,9 @@
 #!/usr/bin/python3
-"""Known TCP sessions by known processes: what a tracer has to say of them.
+"""Known TCP sessions of known processes: what a tracer must report.
 
 usage: workload.py [-r ROUNDS] [-n CLIENTNS:SERVERNS:IPV4,IPV6] [SCENARIO ...]
 
-Every client and every server is a process of its own with a name of its own. Each logs what it did; the log is printed
+Every client and every server is a separate process with its own name. Each logs what it did; the log is printed
 as one JSON object per end of a session:
 
     scenario, role ("client" or "server"), pid, comm, ip (4 or 6), laddr, lport, raddr, rport, sent, received (bytes),
@@ -49,7 +49,7 @@ FAMILIES = {
 
 
 class Run:
-    """One scenario in one family: where it logs, and whether it is cut to a pair of network namespaces."""
+    """One scenario in one family: where it logs, and in which network namespaces it runs."""
 
     def __init__(self, log, scenario, family, hosts=("127.0.0.1", "::1"), namespaces=(None, None)):
         self.log, self.scenario, self.family = log, scenario, family
@@ -84,7 +84,7 @@ def enter(namespace):
 
 
 def spawn(name, namespace, work, *args):
-    """Run work(*args) in a new process of this name; its PID."""
+    """Run work(*args) in a new process of this name. Returns its PID."""
     pid = os.fork()
     if pid:
         return pid
@@ -103,7 +103,7 @@ def spawn(name, namespace, work, *args):
 
 
 def endpoints(sock):
-    """The addresses of a connected socket, IPv4 as such. Raises OSError once the peer has reset."""
+    """Returns the addresses of a connected socket, v4-mapped ones as IPv4. Raises OSError once the peer has reset."""
     names = [(name[0][7:] if name[0].startswith("::ffff:") else name[0], name[1])
              for name in (sock.getsockname(), sock.getpeername())]
     return {"ip": 6 if ":" in names[1][0] else 4, "laddr": names[0][0], "lport": names[0][1],
@@ -119,7 +119,7 @@ FILTER = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))        
 
 
 def deaf(sock):
-    """What comes to this socket from now on is dropped."""
+    """Drop what arrives for this socket from now on."""
     attach_filter = 26
     sock.setsockopt(socket.SOL_SOCKET, attach_filter, struct.pack("HxxxxxxP", 1, ctypes.addressof(FILTER)))
 
@@ -141,7 +141,7 @@ def send(sock, count):
 
 
 def receive(sock, count=None):
-    """Read count bytes, or until the peer has ended; how many came."""
+    """Read count bytes, or until the peer's end. Returns how many came."""
     total = 0
     try:
         while count is None or total < count:
@@ -168,7 +168,7 @@ def finish(run, role, sock, record, action):
 # the two sides
 
 def connect(run, port):
-    """A connected socket and what is known of it so far."""
+    """Returns a connected socket and what is known of it so far."""
     sock = socket.socket(run.client_family, socket.SOCK_STREAM)
     began = now()
     sock.connect((run.connect_to, port))
@@ -242,7 +242,7 @@ def listen(run):
 
 
 def start_server(run, work, *args, prepare=lambda listener: None):
-    """Fork a process that listens and then runs work(listener, *args); its PID and port."""
+    """Fork a process that listens and then runs work(listener, *args). Returns its PID and port."""
     reader, writer = os.pipe()
 
     def server():
@@ -258,7 +258,7 @@ def start_server(run, work, *args, prepare=lambda listener: None):
 
 @contextlib.contextmanager
 def pipe():
-    """(reader, writer), both closed afterwards."""
+    """Yields (reader, writer); both are closed afterwards."""
     ends = os.pipe()
     yield ends
     for end in ends:
@@ -289,7 +289,7 @@ def workers(run):
 
 
 def threads(run):
-    """Several threads of one process on each side, each with a name of its own."""
+    """Several threads of one process on each side, each with its own name."""
     def all_at_once(name, work, *args):
         def thread(number):
             set_comm("%s-thread%d" % (name, number))
@@ -330,7 +330,7 @@ def early(run):
 
 
 def unaccepted(run):
-    """The server ends without ever having called accept(): the kernel resets what waits."""
+    """The server exits without having called accept(): the kernel resets the connections that wait."""
     with pipe() as (reader, writer), pipe() as (addresses, address):
         def visitor(port):
             sock, record = connect(run, port)
@@ -352,7 +352,7 @@ def unaccepted(run):
 
 
 def attempt(run, address, how):
-    """Log a connection that how(sock, address) tries and that comes to nothing."""
+    """Log a connection that how(sock, address) attempts in vain."""
     sock = socket.socket(run.client_family, socket.SOCK_STREAM)
     sock.bind(("", 0))          # so that its port is known
     port, began, failed = sock.getsockname()[1], now(), None
@@ -367,7 +367,7 @@ def attempt(run, address, how):
 
 
 def attempts(how):
-    """A scenario in which a client tries how(sock, address) where somebody listens but hears nothing."""
+    """Returns a scenario in which a client tries how(sock, address) on a listener that hears nothing."""
     def scenario(run):
         server, port = start_server(run, lambda listener: signal.pause(), prepare=deaf)
         wait(spawn("cli-" + run.scenario[:11], run.client_ns, attempt, run, (run.connect_to, port), how))
@@ -396,16 +396,16 @@ def refused(run):
 
 
 def unreachable(run):
-    """The server's host has no route to this network, and says so."""
+    """The server's host has no route to this network, and reports that."""
     address = run.connect_to.replace("77", "78"), 9
     wait(spawn("cli-unreachable", run.client_ns, attempt, run, address, socket.socket.connect))
 
 
 def together(server_side, client_side, prepare=lambda listener: None):
-    """A scenario of a server and a client that wait for each other's steps.
+    """Returns a scenario of a server and a client that wait for each other's steps.
 
-    server_side(run, listener, step, wait_for) and client_side(run, port, step, wait_for): step() says that this side
-    has come so far, wait_for() waits for the other's step().
+    server_side(run, listener, step, wait_for) and client_side(run, port, step, wait_for): step() reports that this
+    side has got there, wait_for() waits for the other's step().
     """
     def scenario(run):
         with pipe() as (client_reader, server_writer), pipe() as (server_reader, client_writer):
@@ -434,7 +434,7 @@ def usual_client(run, port, *_):
 
 
 def slow_server(run, listener, *_):
-    """Hears the second SYN only, which the client sends after a second."""
+    """Hears only the second SYN, which the client sends after a second."""
     time.sleep(5 * PAUSE)
     hear(listener)
     serve(run, listener, "client_close")
@@ -446,7 +446,7 @@ def late_server(run, listener, *_):
 
 
 def reset_server(run, listener, *_):
-    """The client ends it by a RST."""
+    """The client ends it with a RST."""
     sock, record = open_server(run, listener)
     receive(sock)
     await_state(sock, CLOSE)
@@ -536,7 +536,7 @@ def crossing_server(run, listener, step, wait_for):
 
 
 def uring_accept(listener, direct=False):
-    """A connection from the listener that io_uring accepts. Raises OSError if this kernel has no io_uring.
+    """Returns a connection that io_uring accepts from the listener. Raises OSError if this kernel has no io_uring.
 
     direct: it has no descriptor and lives in the ring, whose descriptor is returned.
     """
@@ -580,7 +580,7 @@ SCENARIOS = dict.fromkeys(("server_close", "client_close", "client_reset", "serv
                            "server_exit", "client_kill", "server_kill"), one_to_one)
 SCENARIOS.update(workers_close=workers, workers_reset=workers, threads=threads, early_close=early, early_reset=early,
                  unaccepted=unaccepted, refused=refused)
-# Not of the usual round: they take seconds.
+# Not in the usual round: they take seconds.
 ENDS = {
     "timeout": attempts(time_out),
     "quit": attempts(give_up),
@@ -593,7 +593,7 @@ ENDS = {
     "unheard": together(unhearing_server, unheard_client),
     "both": together(crossing_server, crossing_client),
 }
-# Nor these: a kernel may have no io_uring, and no way to trace it; the other needs namespaces.
+# Nor these: a kernel may lack io_uring, or a way to trace it; the other needs namespaces.
 SPECIAL = {"io_uring": io_uring, "unreachable": unreachable}
 
 # How a session ends for the client and for the server.
@@ -610,7 +610,7 @@ ERRORS = {"reset": "ECONNRESET", "refused": "ECONNREFUSED", "timeout": "ETIMEDOU
 
 
 def work(scenarios=tuple(SCENARIOS), rounds=1, **where):
-    """Run the scenarios in all families, the families side by side; the log as a list of dicts."""
+    """Run the scenarios in all families, the families in parallel. Returns the log as a list of dicts."""
     with tempfile.TemporaryFile() as file:
         log = os.dup(file.fileno())
         os.set_inheritable(log, True)
@@ -631,7 +631,7 @@ def work(scenarios=tuple(SCENARIOS), rounds=1, **where):
 
 
 def sessions(log):
-    """The log with born and died of both ends put together: between which moments the kernel should have seen them."""
+    """Returns the log with born and died of both ends combined: the times between which the kernel saw them."""
     ends = {}
     for record in log:
         ends.setdefault(frozenset([(record["laddr"], record["lport"]), (record["raddr"], record["rport"])]),
@@ -649,11 +649,11 @@ def sessions(log):
             for record in records:
                 record.update(born=born, died=first)
         else:
-            # Who closes first is done when the peer has acknowledged that, at the latest when the peer closes too.
+            # The end that closes first is done when the peer has acknowledged that, at the latest when the peer closes.
             last = max(record["died"][1] for record in records)
             closing = {record["role"]: record["died"][0] for record in records}
             for record in records:
-                # After a half close it is the server's close() that ends it for the client, who may hear of it late.
+                # After a half close, the server's close() ends it for the client, which may learn of it late.
                 role = "server" if record["scenario"] == "half_close" else record["role"]
                 record.update(born=born, died=[closing[role], last])
     return log
