@@ -146,5 +146,5 @@ deb: deps-deb
 version:
 	sed -i 's/version="%(prog)s .*"/version="%(prog)s $(VERSION)"/' $(TOOLS:=.py)
 
-.PHONY: help tools demo test test-load test-fresh test-kernels test-fleet lint bench bench-fleet soak \
-        deps-demo deps-bench deps-test deps-kernels deps-fleet deps-deb deps-package test-package install uninstall deb version
+.PHONY: help tools demo test test-load test-fresh test-fleet test-package test-kernels lint bench bench-fleet soak \
+        deps-demo deps-test deps-bench deps-fleet deps-package deps-kernels deps-deb install uninstall deb version
