@@ -12,7 +12,7 @@
 # Traces security_sock_graft() (kprobe), which accept() calls with the new socket, or else the exits of the accept() and
 # accept4() system calls, whose descriptor leads to the socket.
 #
-# CAVEATS: while a tracepoint of a system call is on, every system call on the machine costs up to 70 ns more. These
+# CAVEATS: while a tracepoint of a system call is on, every system call on the machine costs up to 80 ns more. These
 # exits do not cover io_uring and 32-bit programs, which the kprobe does.
 
 import signal
