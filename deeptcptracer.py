@@ -894,7 +894,7 @@ def clock(second):
 
 # A connection has many events, and their lines have parts in common.
 @functools.lru_cache(maxsize=4096)
-def who(packed):
+def owner_columns(packed):
     """Returns event and owner, as text and as JSON members."""
     event = EVENTS[packed[20]]
     pid, comm, members = owner_text(packed[:20])
@@ -909,7 +909,7 @@ def endpoint(packed):
 
 
 @functools.lru_cache(maxsize=4096)
-def what(packed):
+def state_columns(packed):
     """Returns states, error and reason, as text and as JSON members."""
     sk_err, event, oldstate, state, detail = struct.unpack("=iBBBB", packed)
     error = errno.errorcode.get(sk_err, str(sk_err)) if sk_err else ""
@@ -943,7 +943,7 @@ def line(args, record, wall):
     ts, owner, source, destination, state, netns, size, in_state, stack = record
     ms = in_state and int.from_bytes(in_state, sys.byteorder) / 1e6
     (owner, json_owner), (source, saddr, sport), (destination, daddr, dport), (state, json_state) = (
-        who(owner), endpoint(source), endpoint(destination), what(state))
+        owner_columns(owner), endpoint(source), endpoint(destination), state_columns(state))
     stack = stack_of(stack[:size]) if size > 0 else None
     if args.json:
         stack = ',"stack":' + json.dumps(stack, separators=(",", ":")) if args.kstack else ""

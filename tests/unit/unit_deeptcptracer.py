@@ -61,7 +61,7 @@ class Deep(unittest.TestCase):
 
     def with_format(self, text):
         """As on a kernel that describes its tracepoints so."""
-        for function in deeptcptracer.reset_reasons, deeptcptracer.what:
+        for function in deeptcptracer.reset_reasons, deeptcptracer.state_columns:
             self.addCleanup(function.cache_clear)
             function.cache_clear()
         patch = mock.patch.object(deeptcptracer, "tracepoint_format", lambda name: text)
