@@ -70,7 +70,7 @@ EVENTS = ["tcp_set_state()", "tcp_send_fin()", "tcp_fin()", "tcp_reset()", "tcp_
           "sock_def_error_report()", "tcp_ack()/win==0", "tcp_select_window()/win==0", "tcp_send_reset()"]
 STATES = ["", "ESTABLISHED", "SYN_SENT", "SYN_RECV", "FIN_WAIT1", "FIN_WAIT2", "TIME_WAIT", "CLOSE", "CLOSE_WAIT",
           "LAST_ACK", "LISTEN", "CLOSING", "NEW_SYN_RECV"]
-CA_STATES = ["Open", "Disorder", "CWR", "Recovery", "Loss"]
+CA_STATES = dict(enumerate(["Open", "Disorder", "CWR", "Recovery", "Loss"]))         # enum tcp_ca_state
 MAX_SOCKETS = 1 << 18           # live sockets
 STACK_DEPTH = 48                # frames
 RING_PAGES = (16 << 20) // mmap.PAGESIZE if KERNEL >= (5, 8) else 0     # 16 MiB: 170,000 events without stacks
@@ -913,7 +913,7 @@ def state_columns(packed):
     """Returns states, error and reason, as text and as JSON members."""
     sk_err, event, oldstate, state, detail = struct.unpack("=iBBBB", packed)
     error = errno.errorcode.get(sk_err, str(sk_err)) if sk_err else ""
-    ca_state = CA_STATES[detail] if EVENTS[event] == "tcp_retransmit_skb()" else ""
+    ca_state = CA_STATES.get(detail, "") if EVENTS[event] == "tcp_retransmit_skb()" else ""
     reason = reset_reasons().get(detail, "") if EVENTS[event] == "tcp_send_reset()" else ""
     states = "%s -> %s" % (STATES[oldstate], STATES[state]) if event == 0 else STATES[state] or "N/A"
     members = '"oldstate":%s,"state":%s,"sk_err":%s,"ca_state":%s,"reason":%s' % tuple(
