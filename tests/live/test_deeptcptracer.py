@@ -1,7 +1,6 @@
 """deeptcptracer: each event provoked, and found with the right owner, addresses, state and error."""
 import concurrent.futures
 import contextlib
-import ctypes
 import functools
 import os
 import select
@@ -14,19 +13,12 @@ import unittest
 import live
 import workload
 
-SO_ATTACH_FILTER, TCP_USER_TIMEOUT = 26, 18
 PORTS = iter(range(20000, 30000))       # not in net.ipv4.ip_local_port_range
 
 
 def retransmitted(sock):
     """How many segments of this socket the kernel has sent again: tcpi_total_retrans."""
     return struct.unpack_from("=I", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104), 100)[0]
-
-
-def deaf(sock):
-    """What comes to this socket from now on is dropped: a filter that keeps 0 bytes."""
-    program = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
-    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HxxxxxxP", 1, ctypes.addressof(program)))
 
 
 def listen(family=socket.AF_INET):
@@ -136,7 +128,7 @@ def refused():
 @provokes()
 def connect_timeout():
     with listen() as listener:
-        deaf(listener)
+        workload.deaf(listener)
         with socket.socket() as sock:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_SYNCNT, 1)
             sock.connect_ex(listener.getsockname())
@@ -150,7 +142,7 @@ def connect_timeout():
 def retransmission():
     with pair() as (client, server):
         there = name(client)
-        deaf(server)
+        workload.deaf(server)
         client.send(b"x")
         time.sleep(0.8)
         retransmission.count = retransmitted(client)
@@ -196,7 +188,7 @@ def retransmitted_fin():
     """The client does not hear that its FIN has come, and sends it again: a retransmission and not one more FIN."""
     with pair() as (client, server):
         there, back = name(client), name(server)
-        deaf(client)
+        workload.deaf(client)
         client.shutdown(socket.SHUT_WR)
         time.sleep(1)
         assert retransmitted(client) > 1
@@ -214,7 +206,7 @@ def keepalive_failure():
         for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT):
             client.setsockopt(socket.IPPROTO_TCP, option, 1)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        deaf(server)
+        workload.deaf(server)
         time.sleep(3)
         workload.reset(server)
     return {there: [("sock_def_error_report()", None, "*", "ETIMEDOUT")]}
@@ -467,7 +459,7 @@ class Events(unittest.TestCase):
         with live.tracing(*tracers.values()):
             workload.work(scenarios=["client_close", "client_reset"])
             with pair() as (client, server):
-                deaf(server)
+                workload.deaf(server)
                 client.send(b"x")
                 time.sleep(0.5)
         for one, tracer in tracers.items():
@@ -524,7 +516,7 @@ class Events(unittest.TestCase):
             with inside(namespaces.server, socket.create_server, (host, 0)) as listener, \
                     inside(namespaces.client, socket.create_connection, listener.getsockname()) as client, \
                     listener.accept()[0] as server:
-                deaf(server)
+                workload.deaf(server)
                 there = name(client)
                 client.send(b"x")
                 time.sleep(0.8)

@@ -10,10 +10,8 @@ import unittest
 
 import live
 import workload
-from test_deeptcptracer import TCP_USER_TIMEOUT, deaf
 from test_right import network
 
-SO_DETACH_FILTER = 27
 MS = 5 * live.SLOW      # what one event may be seen later by one tracer than by the other
 SEVEN = {"KERNEL": (7, 0)}
 
@@ -115,7 +113,7 @@ def connect(address, family=socket.AF_INET, user_timeout=0, give_up=None):
     give_up: what is done after 0.2 s with a socket that does not wait.
     """
     with socket.socket(family) as sock:
-        sock.setsockopt(socket.IPPROTO_TCP, TCP_USER_TIMEOUT, user_timeout)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, user_timeout)
         sock.setblocking(not give_up)
         began, err = time.monotonic(), sock.connect_ex(address)
         if give_up:
@@ -155,12 +153,12 @@ class Results(unittest.TestCase):
             self.tracer("--json"), self.tracer("--json", "--failed"), self.tracer("--json", pretend=SEVEN),
             self.tracer("--json", pretend={"RING_PAGES": 0}))
         with self.listeners(4) as (*_, silent, late):
-            deaf(silent)
-            deaf(late)
+            workload.deaf(silent)
+            workload.deaf(late)
 
             def hear_the_second_syn():
                 time.sleep(0.5)
-                late.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
+                workload.hear(late)
             attempts = [
                 (connect, ("127.0.0.1", 50)), (connect, ("::ffff:127.0.0.1", 51), socket.AF_INET6),
                 (connect, ("127.0.0.1", 1)), (connect, ("::ffff:127.0.0.1", 2), socket.AF_INET6),
@@ -223,7 +221,7 @@ class Results(unittest.TestCase):
         """And the rest, where the map has room for two."""
         every, few = self.tracer("-tU"), self.tracer("--json", check=False, pretend={"MAX_ATTEMPTS": 2})
         with self.listeners(1) as (listener,), contextlib.ExitStack() as stack:
-            deaf(listener)
+            workload.deaf(listener)
             with live.tracing(every, few):
                 for _ in range(5):
                     sock = stack.enter_context(socket.socket())
