@@ -9,8 +9,9 @@
 # Prints one line for each active IPv4 connection that a process attempts: when it starts, or with -r when its result is
 # known. IPv4 from an IPv6 socket (v4-mapped addresses) is shown too, IPv6 is not.
 #
-# Traces the sock:inet_sock_set_state tracepoint (tcp_set_state() before Linux 4.17), where a socket enters SYN_SENT.
-# That happens inside connect(), so the current process is the one that connects, and after a route has been found.
+# Traces the sock:inet_sock_set_state tracepoint (tcp_set_state() before Linux 4.17), where a socket enters SYN_SENT
+# and, with -r, leaves it. It enters inside connect(), after a route has been found, so the current process is the one
+# that connects.
 #
 # CAVEATS: a connect() that finds no route never gets that far and is not shown.
 
