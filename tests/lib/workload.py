@@ -366,10 +366,17 @@ def attempt(run, address, how):
     sock.close()
 
 
-def attempts(how):
-    """Returns a scenario in which a client tries how(sock, address) on a listener that hears nothing."""
+def stop_listening(listener):
+    """But keep the port: a client that was given it would reach itself."""
+    address = listener.getsockname()
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.bind(address)
+
+
+def attempts(how, prepare=deaf):
+    """Returns a scenario in which a client tries how(sock, address) on a listener that prepare() has made useless."""
     def scenario(run):
-        server, port = start_server(run, lambda listener: signal.pause(), prepare=deaf)
+        server, port = start_server(run, lambda listener: signal.pause(), prepare=prepare)
         wait(spawn("cli-" + run.scenario[:11], run.client_ns, attempt, run, (run.connect_to, port), how))
         os.kill(server, signal.SIGKILL)
         wait(server)
@@ -386,13 +393,6 @@ def give_up(sock, address):
     sock.connect_ex(address)
     time.sleep(PAUSE)
     sock.close()
-
-
-def refused(run):
-    """Nobody listens."""
-    pid, port = start_server(run, lambda listener: None)
-    wait(pid)
-    wait(spawn("cli-refused", run.client_ns, attempt, run, (run.connect_to, port), socket.socket.connect))
 
 
 def unreachable(run):
@@ -579,7 +579,7 @@ def io_uring(run):
 SCENARIOS = dict.fromkeys(("server_close", "client_close", "client_reset", "server_reset", "half_close", "client_exit",
                            "server_exit", "client_kill", "server_kill"), one_to_one)
 SCENARIOS.update(workers_close=workers, workers_reset=workers, threads=threads, early_close=early, early_reset=early,
-                 unaccepted=unaccepted, refused=refused)
+                 unaccepted=unaccepted, refused=attempts(socket.socket.connect, stop_listening))
 # Not in the usual round: they take seconds.
 ENDS = {
     "timeout": attempts(time_out),
