@@ -301,7 +301,7 @@ static inline void death(void *ctx, struct sock *sk, int oldstate)
     struct session *s = sessions.lookup(&sk);
     struct event e = {.died = bpf_ktime_get_ns(), .end = ABORT};
     struct tcp_sock *tp = (struct tcp_sock *)sk;
-    bool fin_acked = oldstate == TCP_FIN_WAIT2 || oldstate == TCP_LAST_ACK || oldstate == TCP_CLOSING;
+    bool fin_acked;
     u64 flags;
 
     if (!s)
@@ -309,7 +309,8 @@ static inline void death(void *ctx, struct sock *sk, int oldstate)
     e.session = *s;
     sessions.delete(&sk);
     flags = READ(sk, __sk_common.skc_flags);
-    fin_acked = fin_acked && READ(tp, snd_una) == READ(tp, write_seq);
+    fin_acked = (oldstate == TCP_FIN_WAIT2 || oldstate == TCP_LAST_ACK || oldstate == TCP_CLOSING) &&
+                READ(tp, snd_una) == READ(tp, write_seq);
     if (oldstate == TCP_SYN_SENT)       /* no SYN: connect() itself failed, for lack of a port for example */
         e.end = READ(tp, segs_out) ? QUIT : NEVER_SENT;
     /* In FIN_WAIT2 without SOCK_DEAD and SOCK_DONE, close() came after shutdown() and found unread data. */
