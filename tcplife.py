@@ -266,9 +266,10 @@ static inline void birth(struct sock *sk, u32 role)
         count_lost(LOST_SESSION);
 }
 
-/* A new socket: the end of an older session at this address was not seen. lookup() takes no lock, delete() does. */
+/* At the start and at the very end of a socket: the end of a session that is still known was not seen. */
 static inline void forget(struct sock *sk)
 {
+    /* lookup() takes no lock, delete() does */
     if ((sessions.lookup(&sk) && !sessions.delete(&sk)) || (unclaimed.lookup(&sk) && !unclaimed.delete(&sk)))
         count_lost(LOST_END);
 }
@@ -387,6 +388,14 @@ static inline void state_change(void *ctx, struct sock *sk, int oldstate, int ne
         death(ctx, sk, oldstate);
 }
 
+/* A socket in CLOSE is destroyed in close(), and one still waiting for accept() in the listener's close(). */
+static inline int burial(void *ctx, struct sock *sk)
+{
+    claim(ctx, sk, 0);
+    forget(sk);
+    return 0;
+}
+
 #if KPROBES
 int kprobe_set_state(struct pt_regs *ctx, struct sock *sk, int newstate)
 {
@@ -394,7 +403,7 @@ int kprobe_set_state(struct pt_regs *ctx, struct sock *sk, int newstate)
     return 0;
 }
 
-int kprobe_destroy(struct pt_regs *ctx, struct sock *sk) { claim(ctx, sk, 0); return 0; }
+int kprobe_destroy(struct pt_regs *ctx, struct sock *sk) { return burial(ctx, sk); }
 #else
 static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
 {
@@ -407,8 +416,7 @@ static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
 int tracepoint_set_state_first(struct bpf_raw_tracepoint_args *ctx) { return set_state(ctx, true); }
 int tracepoint_set_state_second(struct bpf_raw_tracepoint_args *ctx) { return set_state(ctx, false); }
 
-/* A socket in CLOSE is destroyed in close(), and one still waiting for accept() in the listener's close(). */
-int tracepoint_destroy(struct bpf_raw_tracepoint_args *ctx) { claim(ctx, (struct sock *)ctx->args[0], 0); return 0; }
+int tracepoint_destroy(struct bpf_raw_tracepoint_args *ctx) { return burial(ctx, (struct sock *)ctx->args[0]); }
 #endif
 
 /* security_sock_graft() is called in accept() with the new socket, by io_uring too. */

@@ -138,16 +138,17 @@ def trace(options, pretend):
     life.close()
     kprobes = "kprobe" in options or bool(pretend)
     missing, wrong = differences(options, kprobes, log, life, expected, tracers)
-    texts, losses = [], collections.Counter()
+    texts, losses, unseen = [], collections.Counter(), unseen.count if kprobes else 0
     for tool, tracer in zip(TOOLS, tracers):
         losses[tool] = live.reported_losses(tracer)
         rest = [line for line in tracer.stderr.splitlines() if " lost: " not in line and " has ended" not in line]
         texts += ["%s: %s" % (tool, text) for text in wrong[tool] + rest]
         texts += ["%s: exit status %d" % (tool, tracer.status)] * bool(tracer.status)
-        if len(missing[tool]) > losses[tool]:
+        if len(missing[tool]) > losses[tool] + unseen:          # kernels before 6.7 do not count kprobes they skip
             texts += ["%s: missing: %s" % (tool, record) for record in missing[tool]]
     lost = ", ".join("%s %d" % item for item in (+losses).items())
-    return texts, "%d sessions" % len(log) + ("; lost and reported: " + lost if lost else "")
+    return texts, ("%d sessions" % len(log) + ("; lost and reported: " + lost if lost else "") +
+                   ("; state changes not shown: %d" % unseen if unseen else ""))
 
 
 def refuse(tool, words, wrapper=()):

@@ -175,11 +175,13 @@ class UnseenStateChanges:
     """The state changes that ftrace saw while the context lasted, and how many of them the tool's program did not.
 
     There are kernels that run no BPF program while certain tasks are current (seen on a 6.18 micro-VM: its own agent).
-    A state change that a timer makes then is visible in ftrace only. Elsewhere count is 0.
+    A state change that a timer makes then is visible in ftrace only. Nor does a kernel run a kprobe's program that
+    interrupts another one. Elsewhere count is 0.
     """
 
     instance = "/sys/kernel/tracing/instances/tcp-tracers-test-%d" % os.getpid()
     events = "sock/inet_sock_set_state", "tcp/tcp_retransmit_skb"
+    not_by_kprobe = re.compile("newstate=TCP_LISTEN|oldstate=TCP_LISTEN newstate=TCP_SYN_RECV")   # no tcp_set_state()
     change = re.compile(r" ([0-9.]+): inet_sock_set_state: .* sport=(\d+) dport=(\d+) .* newstate=TCP_(\w+)")
     again = re.compile(r" tcp_retransmit_skb: (?!.* err=-)(?:.* )?sport=(\d+) dport=(\d+) ")     # err: nothing was sent
 
@@ -191,16 +193,16 @@ class UnseenStateChanges:
             file.write(text)
 
     def runs(self):
-        """Returns how often the busiest of the tool's raw tracepoint programs has run; None if it has none."""
-        runs = []
+        """Returns how often the busiest of the tool's raw tracepoint programs has run, or of its kprobes."""
+        runs = collections.defaultdict(list)
         for path in pathlib.Path("/proc/%d/fdinfo" % self.tracer.process.pid).iterdir():
             try:
                 info = dict(line.split(":\t", 1) for line in path.read_text().splitlines() if ":\t" in line)
             except FileNotFoundError:       # closed by the tool in the meantime
                 continue
-            if info.get("prog_type") == "17":           # BPF_PROG_TYPE_RAW_TRACEPOINT
-                runs.append(int(info.get("run_cnt", 0)))
-        return max(runs) if runs else None
+            runs[info.get("prog_type")].append(int(info.get("run_cnt", 0)))
+        self.by_kprobe = "17" not in runs               # BPF_PROG_TYPE_RAW_TRACEPOINT, and 2 is BPF_PROG_TYPE_KPROBE
+        return max(runs["2" if self.by_kprobe else "17"])
 
     def __enter__(self):
         # BPF_ENABLE_STATS: counts runs as long as this is open. Others may turn off the sysctl.
@@ -225,8 +227,10 @@ class UnseenStateChanges:
         self.trace = pathlib.Path(self.instance, "trace").read_text(errors="replace")     # names can be any bytes
         os.rmdir(self.instance)
         os.close(self.stats)
-        if after is not None:
-            self.count = max(0, traced - self.trace.count(" tcp_retransmit_skb: ") - (after - self.before))
+        changes = traced - self.trace.count(" tcp_retransmit_skb: ")
+        if self.by_kprobe:
+            changes -= len(self.not_by_kprobe.findall(self.trace))
+        self.count = max(0, changes - (after - self.before))
 
     def times(self):
         """Returns {(lport, rport, new state): [CLOCK_MONOTONIC seconds, ...]} of what the kernel traced last."""

@@ -6,6 +6,7 @@ import subprocess
 import unittest
 
 import live
+import tcplife
 import workload
 
 MS = 5 * live.SLOW      # what two clocks in two processes may differ by
@@ -138,6 +139,18 @@ class TcplifeAgainstWorkload(unittest.TestCase):
             workload.wait(workload.spawn("no-port", namespaces.client, work))
         failed, = [line for line in tracer.objects if not line["connect_ms"]]
         self.assertEqual((failed["role"], failed["end"], failed["err"]), ("connect", None, None))
+
+    def test_ends_that_are_not_seen(self):
+        """They are reported when the kernel destroys the sockets."""
+        blind = tcplife.bpf_text.replace("death(ctx, sk, oldstate);", ";")
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            address = listener.getsockname()
+            with live.Tracer("tcplife", "--json", "-D", address[1], pretend={"bpf_text": blind}) as tracer:
+                for _ in range(5):
+                    with socket.create_connection(address):
+                        listener.accept()[0].close()
+        self.assertEqual(tracer.objects, [])
+        self.assertIn("tcplife: in all 5 sessions lost: their end was not seen\n", tracer.stderr)
 
     def test_sessions_from_before_the_start(self):
         with socket.create_server(("127.0.0.1", 0)) as listener:
