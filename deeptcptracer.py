@@ -990,9 +990,11 @@ def trace(args, bpf):
         time.sleep(0.1)         # seconds that a line may be late
         stop = signal.sigpending() & STOP_SIGNALS or reader.poll(0)
         wall = time.time_ns() - time.monotonic_ns()     # every time, as the clock may have been set
-        records = form.iter_unpack(read()) if RING_PAGES else iter(sorted(form.iter_unpack(read())))    # CPU by CPU
+        records = form.iter_unpack(read())
+        if not RING_PAGES:
+            records = iter(sorted(records))             # perf buffers are read CPU by CPU
         while text := "".join([line(args, record, wall) for record in itertools.islice(records, 10000)]):
-            if write(text):             # in parts: a full ring is 80 MB of text
+            if write(text):                             # in parts: a full ring is 80 MB of text
                 stop = True
                 break
         reported = report(losses(bpf), reported)
