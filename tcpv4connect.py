@@ -59,7 +59,7 @@ KERNEL_TYPES = ["tcp_sock", "net"]
 MAX_ATTEMPTS = 1 << 17          # connects under way at once, with -r: 17 MB of kernel memory
 RING_PAGES = (4 << 20) // mmap.PAGESIZE if KERNEL >= (5, 8) else 0      # 4 MiB: a second of the fastest load measured
 PERF_PAGES = (1 << 20) // mmap.PAGESIZE         # per CPU, where there is no ring buffer
-HARMLESS = b"_second"           # skipping a program whose name ends like this loses nothing
+HARMLESS = b"_second", b"_destroy"              # skipping a program whose name ends like this loses nothing
 LOSSES = ["connects lost: the ring buffer was full", "connects lost: the map of attempts was full",
           "connects lost: their result was not seen", "state changes lost: the kernel did not run the probe"]
 
@@ -165,6 +165,7 @@ static inline void output(void *ctx, struct event *e)
         count_lost(LOST_EVENT);
 }
 
+/* newstate: 0 when the socket is destroyed */
 static inline void decide(void *ctx, struct sock *sk, int newstate)
 {
     struct event *attempt = attempts.lookup(&sk), e;
@@ -173,8 +174,9 @@ static inline void decide(void *ctx, struct sock *sk, int newstate)
         return;
     e = *attempt;
     attempts.delete(&sk);
-    if (newstate == TCP_SYN_SENT || e.dport != ntohs(READ(sk, __sk_common.skc_dport)))
-        return count_lost(LOST_RESULT);         /* of an older socket at this address */
+    /* The end was not seen, if this is not even an older socket at this address. */
+    if (!newstate || newstate == TCP_SYN_SENT || e.dport != ntohs(READ(sk, __sk_common.skc_dport)))
+        return count_lost(LOST_RESULT);
     e.decided = bpf_ktime_get_ns();
     e.lport = ntohs(READ((struct inet_sock *)sk, inet_sport));
     /* No error: close() or shutdown(), or connect() itself failed, for lack of a port for example. */
@@ -225,11 +227,19 @@ static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
 int tracepoint_set_state_first(struct bpf_raw_tracepoint_args *ctx) { return set_state(ctx, true); }
 int tracepoint_set_state_second(struct bpf_raw_tracepoint_args *ctx) { return set_state(ctx, false); }
 
+int tracepoint_destroy(struct bpf_raw_tracepoint_args *ctx)
+{
+    decide(ctx, (struct sock *)ctx->args[0], 0);
+    return 0;
+}
+
 int kprobe_set_state(struct pt_regs *ctx, struct sock *sk, int newstate)
 {
     state_change(ctx, sk, READ(sk, __sk_common.skc_state), newstate);
     return 0;
 }
+
+int kprobe_destroy(struct pt_regs *ctx, struct sock *sk) { decide(ctx, sk, 0); return 0; }
 """
 
 # struct event, behind the ring buffer's own header of a record (length and flags, page offset)
@@ -329,10 +339,14 @@ def attach(bcc, args):
     bpf = bcc.BPF(text=bpf_text, cflags=cflags(args))
     if args.probes == "kprobe" or KERNEL < (4, 17):
         bpf.attach_kprobe(event="tcp_set_state", fn_name="kprobe_set_state")
+        if args.result:
+            bpf.attach_kprobe(event="tcp_v4_destroy_sock", fn_name="kprobe_destroy")
     else:
         for fn_name in ["tracepoint_set_state_first"] + ["tracepoint_set_state_second"] * args.two_programs:
             bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name=fn_name)
             bpf.raw_tracepoint_fds.clear()      # bcc refuses a second program on a raw tracepoint it knows of
+        if args.result:
+            bpf.attach_raw_tracepoint(tp="tcp_destroy_sock", fn_name="tracepoint_destroy")
     if not args.two_programs:
         bpf.funcs.clear()       # losses() has nothing to count: only state changes in softirq are skipped, no connects
     return bpf
