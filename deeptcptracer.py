@@ -235,6 +235,14 @@ static inline struct owner *owner_of(struct sock *sk)
     return owners.lookup(&sk);
 }
 
+static inline int destroyed(struct sock *sk)
+{
+    owners.delete(&sk);
+    if (STATE_TIME)
+        since.delete(&sk);
+    return 0;
+}
+
 /* Returns how long the socket was in its old state. It starts in CLOSE: an entry for that is of an older socket. */
 static inline u64 time_in_state(struct sock *sk, int oldstate)
 {
@@ -384,6 +392,17 @@ static inline int happened(void *ctx, struct sock *sk, u8 event, u8 detail)
     return 0;
 }
 
+/*
+ * Whether this is the first change seen of a listening socket or a new connection: what is known of its address is then
+ * of an older one, whose end was not seen. The kprobe sees neither the change to LISTEN nor LISTEN -> SYN_RECV.
+ */
+static inline bool is_first_change(struct sock *sk, int oldstate, int newstate)
+{
+    if (KPROBES)
+        return oldstate == TCP_LISTEN || (oldstate == TCP_SYN_RECV && !READ(sk, sk_socket));    /* before accept() */
+    return oldstate == TCP_LISTEN && newstate == TCP_SYN_RECV;
+}
+
 /* tcp_fin() marks the socket as done; else FIN_WAIT2 may end by a timeout or go on as a TIME_WAIT socket. */
 static inline bool fin_has_come(struct sock *sk, int oldstate, int newstate)
 {
@@ -400,14 +419,12 @@ static inline void state_change(void *ctx, struct sock *sk, int oldstate, int ne
 
     if (protocol_of(sk) != IPPROTO_TCP)
         return;
+    if (is_first_change(sk, oldstate, newstate))
+        destroyed(sk);
     ns = STATE_TIME ? time_in_state(sk, oldstate) : 0;
-    if (oldstate == TCP_LISTEN && newstate == TCP_SYN_RECV) {
-        /* A new socket, which has no addresses yet: the end of an older one at this address was not seen. */
-        owners.delete(&sk);
+    if (oldstate == TCP_LISTEN && newstate == TCP_SYN_RECV)     /* has no addresses yet */
         return;
-    }
     o = owner_of(sk);
-    /* The kprobe does not see the change to LISTEN, only the one from it. */
     if (newstate == TCP_SYN_SENT || newstate == TCP_LISTEN || ((sends_fin || oldstate == TCP_LISTEN) && !o)) {
         remember_owner(sk);     /* in connect(), listen(), close(), shutdown() or exit */
         o = owners.lookup(&sk);
@@ -475,14 +492,6 @@ static inline void accepted(void *ctx, struct sock *sk)
 #endif
     if (protocol_of(sk) == IPPROTO_TCP && state_of(sk) != TCP_CLOSE && !owner_of(sk))
         remember_owner(sk);
-}
-
-static inline int destroyed(struct sock *sk)
-{
-    owners.delete(&sk);
-    if (STATE_TIME)
-        since.delete(&sk);
-    return 0;
 }
 
 #if KPROBES

@@ -374,7 +374,9 @@ static inline void state_change(void *ctx, struct sock *sk, int oldstate, int ne
 {
     bool closes = newstate == TCP_FIN_WAIT1 || newstate == TCP_LAST_ACK;
 
-    if (oldstate == TCP_CLOSE || oldstate == TCP_LISTEN)
+    /* The kprobe does not see LISTEN -> SYN_RECV. Before accept() there is no sk_socket. */
+    if (oldstate == TCP_CLOSE || oldstate == TCP_LISTEN ||
+        (KPROBES && oldstate == TCP_SYN_RECV && !READ(sk, sk_socket)))
         forget(sk);
     else if (EXISTING && oldstate != TCP_SYN_RECV && (closes || newstate == TCP_CLOSE))
         birth(sk, EXISTED);     /* unless it is known */

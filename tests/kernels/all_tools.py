@@ -41,6 +41,8 @@ MODES = {
     "none": ("none", "default", "ring", [], {}),
     "lockdown": ("BTF", "default", "ring", [], {}),     # of confidentiality: nothing may read the kernel's memory
 }
+# In the mode "kprobe", deeptcptracer sees no socket destroyed: the kernel may skip that kprobe, and it must not matter.
+UNSEEN = 'deeptcptracer.bpf_text = deeptcptracer.bpf_text.replace("{ return destroyed(sk); }", "{ return 0; }")'
 UNSHARE = ["unshare", "--pid", "--fork", "--mount-proc"]
 ROW = "%-24s %-7s %-7s %-8s %-10s %-6s %s"
 
@@ -92,7 +94,8 @@ def differences(options, kprobes, log, life, expected, tracers):
     unseen = [record for record in log if record["scenario"] == "io_uring" and not shows_io_uring]
     missing["tcplife"], wrong["tcplife"] = test_tcplife.difference(
         [dict(record, accepted=None) if record in unseen else record for record in log], sessions)
-    lost = [text for text in wrong["tcplife"] if text.startswith("accept_ms is None")]      # an accept() that is lost
+    # an accept() or a change to ESTABLISHED that is lost
+    lost = [text for text in wrong["tcplife"] if text.startswith(("accept_ms is None", "connect_ms is None"))]
     missing["tcplife"] += lost
     wrong["tcplife"] = [text for text in wrong["tcplife"] if text not in lost]
     wrong["tcplife"] += ["ends before it begins: %s" % line for line in sessions if line["ms"] < 0]
@@ -105,16 +108,19 @@ def differences(options, kprobes, log, life, expected, tracers):
     text = "%s, not %s" % (total, life.ALL)
     missing["tcpchurn"] = [text] * max((life.ALL - total).values(), default=0)
     wrong["tcpchurn"] = [text] if total - life.ALL else []
-    wrong["deeptcptracer"], met = test_deeptcptracer.wrong_owners(log, events)
+    strangers, met = test_deeptcptracer.wrong_owners(log, events)
     is_new = deeptcptracer.KERNEL >= (6, 10)
     missing["deeptcptracer"] = [text for scenario, endpoints in expected for text in test_deeptcptracer.difference(
         scenario, endpoints, events, not kprobes, kprobes or is_new, is_new and not kprobes)]
     without = len([record for record in log if record["laddr"]]) - 8 - len(met)         # 8: nobody accepts them
     missing["deeptcptracer"] += ["only %d sockets have an owner" % len(met)] * without
+    if "kprobe" in options:     # with UNSEEN, a connect() that is lost has the owner of an older socket
+        missing["deeptcptracer"] += sorted({"owner of %(saddr)s:%(sport)d" % line for line, _ in strangers})
+        strangers = []
     stacks = {" ".join((line["stack"] or ["none"])[:3]) for line in events
               if line["event"] == "tcp_set_state()" and line["state"] == "SYN_SENT"}
-    wrong["deeptcptracer"] += ["stack of a connect: " + stack for stack in stacks
-                               if not re.match("(inet_sk_state_store )?(tcp_set_state )?tcp_v[46]_connect", stack)]
+    usual = re.compile("(inet_sk_state_store )?(tcp_set_state )?tcp_v[46]_connect")
+    wrong["deeptcptracer"] = strangers + ["stack of a connect: " + stack for stack in stacks if not usual.match(stack)]
     return missing, wrong
 
 
@@ -123,7 +129,9 @@ def trace(options, pretend):
     scenarios = [*workload.SCENARIOS] + ["io_uring"] * has_io_uring()
     life = test_tcpchurn.Life()
     more = {"tcpchurn": [life.pid], "deeptcptracer": ["-K", "-m"], "tcpv4connect": ["-r"] * bool(options or pretend)}
-    tracers = [live.Tracer(tool, "--json", *more.get(tool, []), check=False, pretend=pretend) for tool in TOOLS]
+    before = {"deeptcptracer": UNSEEN * ("kprobe" in options)}
+    tracers = [live.Tracer(tool, "--json", *more.get(tool, []), check=False, pretend=pretend,
+                           before=before.get(tool, "")) for tool in TOOLS]
     sessions, accepts, connects, churn, events = tracers
     for tracer in tracers:
         tracer.start()
@@ -131,15 +139,15 @@ def trace(options, pretend):
         with sessions, accepts, connects, live.UnseenStateChanges(sessions) as unseen:
             log = make_sessions(scenarios)
         log = test_tcplife.timed(log, unseen.times(), unseen.retransmissions())
-        life.play()
-        expected = test_deeptcptracer.provoke(test_deeptcptracer.SCENARIOS)
+        with live.UnseenStateChanges(churn) as later:
+            life.play()
+            expected = test_deeptcptracer.provoke(test_deeptcptracer.SCENARIOS)
         life.end()
         time.sleep(1.2)         # an update of tcpchurn
     life.close()
     kprobes = "kprobe" in options or bool(pretend)
     missing, wrong = differences(options, kprobes, log, life, expected, tracers)
-    # A kernel before 6.7 does not count the kprobes that it skips.
-    uncounted = unseen.count if kprobes and deeptcptracer.KERNEL < (6, 7) else 0
+    uncounted = (unseen.count + later.count) * kprobes          # nothing counts a kprobe that interrupts another one
     texts, losses = [], collections.Counter()
     for tool, tracer in zip(TOOLS, tracers):
         losses[tool] = live.reported_losses(tracer)
