@@ -174,7 +174,7 @@ static inline void decide(void *ctx, struct sock *sk, int newstate)
         return;
     e = *attempt;
     attempts.delete(&sk);
-    /* The end was not seen, if this is not even an older socket at this address. */
+    /* Destroyed, or another socket at this address by now: the result was not seen. */
     if (!newstate || newstate == TCP_SYN_SENT || e.dport != ntohs(READ(sk, __sk_common.skc_dport)))
         return count_lost(LOST_RESULT);
     e.decided = bpf_ktime_get_ns();
@@ -226,12 +226,7 @@ static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
 
 int tracepoint_set_state_first(struct bpf_raw_tracepoint_args *ctx) { return set_state(ctx, true); }
 int tracepoint_set_state_second(struct bpf_raw_tracepoint_args *ctx) { return set_state(ctx, false); }
-
-int tracepoint_destroy(struct bpf_raw_tracepoint_args *ctx)
-{
-    decide(ctx, (struct sock *)ctx->args[0], 0);
-    return 0;
-}
+int tracepoint_destroy(struct bpf_raw_tracepoint_args *ctx) { decide(ctx, (struct sock *)ctx->args[0], 0); return 0; }
 
 int kprobe_set_state(struct pt_regs *ctx, struct sock *sk, int newstate)
 {
