@@ -10,8 +10,8 @@
 # known. IPv4 from an IPv6 socket (v4-mapped addresses) is shown too, IPv6 is not.
 #
 # Traces the sock:inet_sock_set_state tracepoint (tcp_set_state() before Linux 4.17), where a socket enters SYN_SENT
-# and, with -r, leaves it. It enters inside connect(), after a route has been found, so the current process is the one
-# that connects.
+# and, with -r, leaves it, and tcp:tcp_destroy_sock. It enters inside connect(), after a route has been found, so the
+# current process is the one that connects.
 #
 # CAVEATS: a connect() that finds no route never gets that far and is not shown.
 
