@@ -129,9 +129,8 @@ def trace(options, pretend):
     scenarios = [*workload.SCENARIOS] + ["io_uring"] * has_io_uring()
     life = test_tcpchurn.Life()
     more = {"tcpchurn": [life.pid], "deeptcptracer": ["-K", "-m"], "tcpv4connect": ["-r"] * bool(options or pretend)}
-    before = {"deeptcptracer": UNSEEN * ("kprobe" in options)}
     tracers = [live.Tracer(tool, "--json", *more.get(tool, []), check=False, pretend=pretend,
-                           before=before.get(tool, "")) for tool in TOOLS]
+                           before=UNSEEN * (tool == "deeptcptracer" and "kprobe" in options)) for tool in TOOLS]
     sessions, accepts, connects, churn, events = tracers
     for tracer in tracers:
         tracer.start()

@@ -370,12 +370,11 @@ def difference(scenario, expected, objects, by_tracepoint=True, has_bare_resets=
                  (not scenario.events or line["event"].partition("(")[0] in scenario.events)]
         seen = list(map(summary, lines))
         count = getattr(scenario, "count", len(seen))
-        differs = not as_expected(events, seen) or len(seen) > count or (len(seen) < count and by_tracepoint)
         # nobody owns a socket before accept(), or after its end
         owners = {line["pid"] for line in lines if line["state"] != "SYN_RECV" and line["oldstate"] != "SYN_RECV"}
         nobody = scenario.__name__.startswith(("reset_of_", "reset_in_"))
         is_known = os.getpid() in owners
-        if differs:
+        if not as_expected(events, seen) or len(seen) > count or (len(seen) < count and by_tracepoint):
             wrong.append("%s: %s has %s, not %s" % (scenario.__name__, endpoints, seen, events))
         elif not owners <= {os.getpid(), None} or (is_known and nobody and by_tracepoint) or not (is_known or nobody):
             wrong.append("%s: owners of %s are %s" % (scenario.__name__, endpoints, owners))
