@@ -6,6 +6,7 @@
 # make test-fleet   tcplife and tcpchurn with syslog-ng, ClickHouse, chDB and Prometheus, in a folder (chroot)
 # make bench-fleet  what that costs a machine, and the bytes a session takes
 # make lint      the static part of the tests
+# make same      compare the parts that the tools share (FROM=tcplife: first copy that tool's into the others)
 # make bench     what tracing costs, beside the load untraced and beside the peers; draws docs/overhead.svg
 # make soak      all five tools under a mixed load for DURATION seconds (default 1800), checked against its counts
 # make install   what the Debian package has, below PREFIX (default /usr/local), DESTDIR before it
@@ -19,7 +20,7 @@ PREFIX  ?= /usr/local
 DESTDIR ?=
 PYTHON  ?= /usr/bin/python3
 TOOLS   = tcplife tcpaccept tcpv4connect tcpchurn deeptcptracer
-LIVE    = $(TOOLS:%=test_%) test_hostile test_second test_right test_old_kernels
+LIVE    = $(TOOLS:%=test_%) test_hostile test_second test_right
 LOAD    = load_loss load_many
 # Each argument is a command, so that a tool has a line of its own in what prove prints.
 PROVE   = PYTHON=$(PYTHON) prove --directives --failures --comments --timer --exec 'sh -c'
@@ -64,6 +65,9 @@ test-kernels: deps-kernels
 
 lint: deps-test $(RUFF)
 	$(PROVE) tests/static/lint.t
+
+same:
+	@$(PYTHON) tests/static/same.py $(FROM:%=--copy %.py) $(TOOLS:=.py)
 
 bench: deps-bench
 	@mkdir -p build
@@ -146,5 +150,5 @@ deb: deps-deb
 version:
 	sed -i 's/version="%(prog)s .*"/version="%(prog)s $(VERSION)"/' $(TOOLS:=.py)
 
-.PHONY: help tools demo test test-load test-fresh test-fleet test-package test-kernels lint bench bench-fleet soak \
-        deps-demo deps-test deps-bench deps-fleet deps-package deps-kernels deps-deb install uninstall deb version
+.PHONY: help tools demo test test-load test-fresh test-fleet test-package test-kernels lint same bench bench-fleet \
+        soak deps-demo deps-test deps-bench deps-fleet deps-package deps-kernels deps-deb install uninstall deb version

@@ -49,11 +49,11 @@ COMMON_TYPES = """
 HEADERS = {
     "asm": "page types",
     "linux": """
-        bio blk-mq blk_types blkdev bpf bpf_common compaction cred dcache delay errno ethtool fcntl fdtable fs fs_struct
-        icmp if_ether if_packet if_vlan in in6 init_task interrupt ip ipv6 irq irqdesc kasan kernel log2 mm mm_types
-        mmzone mount net netdevice nfs_fs ns_common nsproxy oom pid pid_namespace ptrace sched security skbuff slab
-        slab_def slub_def socket stat stddef string tcp time time64 topology types uaccess udp uio un utsname virtio
-        workqueue""",
+        bio blk-mq blk_types blkdev bpf bpf_common compaction cred dcache delay errno errqueue ethtool fcntl fdtable fs
+        fs_struct icmp if_ether if_packet if_vlan in in6 init_task interrupt ip ipv6 irq irqdesc kasan kernel log2 mm
+        mm_types mmzone mount net netdevice nfs_fs ns_common nsproxy oom pid pid_namespace ptrace sched security skbuff
+        slab slab_def slub_def socket stat stddef string tcp time time64 topology types uaccess udp uio un utsname
+        virtio workqueue""",
     "linux/sched": "signal task",
     "net": "inet_connection_sock inet_hashtables inet_sock ip ipv6 net_namespace request_sock sock tcp tcp_states udp",
     "uapi/linux": "bpf_perf_event if_ether if_packet in in6 ip ipv6 limits openat2 ptrace sched tcp types udp un",
@@ -66,7 +66,8 @@ MACROS = """
     DNAME_INLINE_LEN=32 E2BIG=7 EEXIST=17 EINVAL=22 ENOENT=2 ENOMEM=12 EPERM=1 ETH_ALEN=6 ETH_HLEN=14 ETH_P_ARP=0x806
     ETH_P_IP=0x800 ETH_P_IPV6=0x86dd false=0 FMODE_CREATED=0x100000 IFNAMSIZ=16 IPPROTO_ICMP=1 IPPROTO_MPTCP=262
     IPPROTO_TCP=6 IPPROTO_UDP=17 NAME_MAX=255 NULL=((void*)0) PAGE_OFFSET=0xffff000000000000 PATH_MAX=4096
-    REQ_OP_MASK=0xff s6_addr=in6_u.u6_addr8 SCM_RIGHTS=1 TASK_COMM_LEN=16 TASK_RUNNING=0 true=1
+    PF_IO_WORKER=0x10 PF_KTHREAD=0x200000 REQ_OP_MASK=0xff s6_addr=in6_u.u6_addr8 SCM_RIGHTS=1 SO_EE_ORIGIN_ICMP=2
+    SO_EE_ORIGIN_ICMP6=3 TASK_COMM_LEN=16 TASK_RUNNING=0 true=1
 """.split()
 # Members of struct sock_common that kernel sources call sk_<name>, or inet_<name> with a struct inet_sock.
 SOCK_MEMBERS = "bound_dev_if daddr dport family hash net num prot rcv_saddr reuse state v6_daddr v6_rcv_saddr".split()
@@ -122,12 +123,13 @@ STRUCT, UNION, ENUM, TYPEDEF, FUNC = 4, 5, 6, 8, 12     # BTF_KIND_*, include/ua
 PRINTF = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
 CLONE_NEWNS, MADV_DONTNEED = 0x20000, 4
 MS_BIND, MS_REC, MS_SLAVE = 0x1000, 0x4000, 0x80000     # include/uapi/linux/mount.h
+CAP_SYS_ADMIN, NEEDED = 1 << 21, 1 << 38 | 1 << 39      # CAP_PERFMON and CAP_BPF, include/uapi/linux/capability.h
 COMPILER_STACK = 16 << 20       # bytes of address space; by default a thread has 128 KiB with musl
 SCRATCH = "/proc/bus"           # on every kernel, and nothing here needs its contents
 
 
 def load_libbpf():
-    """Return libbpf, with the signatures used here. Raises OSError if it is missing or too old."""
+    """Returns libbpf, with the signatures used here. Raises OSError if it is missing or too old."""
     try:
         lib = ctypes.CDLL("libbpf.so.1")
     except OSError:
@@ -147,7 +149,7 @@ def load_libbpf():
 
 
 def new_dump(lib, btf, emit):
-    """Return a btf_dump that passes its text to emit. libbpf 0.6 changed the order of the arguments."""
+    """Returns a btf_dump that passes its text to emit. libbpf 0.6 changed the order of the arguments."""
     if hasattr(lib, "libbpf_major_version"):
         lib.btf_dump__new.argtypes = [ctypes.c_void_p, PRINTF, ctypes.c_void_p, ctypes.c_void_p]
         return lib.btf_dump__new(btf, emit, None, None)
@@ -156,7 +158,7 @@ def new_dump(lib, btf, emit):
 
 
 def declarations(names):
-    """Return C declarations of the named kernel types and of everything they consist of.
+    """Returns C declarations of the named kernel types and of everything they consist of.
 
     For each name that the kernel has, a macro BTF_HAS_<name> is defined, and nothing more for one of BCC_FUNCTIONS.
     Other names are left out. Raises OSError if the kernel has no BTF or libbpf is missing.
@@ -191,7 +193,7 @@ def declarations(names):
 
 
 def without_tagged_members(text):
-    """Return the text with each `struct name;` among a struct's members replaced by the members of that struct.
+    """Returns the text with each `struct name;` among a struct's members replaced by the members of that struct.
 
     Linux has such members since 6.19, and compiles with -fms-extensions. bcc does since 0.37.
     """
@@ -205,7 +207,7 @@ def without_tagged_members(text):
 
 
 def write_tree(root, types):
-    """Write the tree for these types below the directory root. Returns the text of the types; raises OSError."""
+    """Writes the tree for these types below the directory root. Returns the text of the types; raises OSError."""
     version = (re.findall(r"\d+", os.uname().release) + ["0", "0"])[:3]
     macros = [macro.replace("=", " ", 1) for macro in MACROS]
     macros += ["sk_%s __sk_common.skc_%s" % (name, name) for name in SOCK_MEMBERS]
@@ -256,7 +258,7 @@ def kernel_source(types, directory=None):
 
 
 def compiled(types, compile_it):
-    """Return what compile_it() returns: a function that compiles, loads and attaches a program with bcc.
+    """Returns what compile_it() returns: a function that compiles, loads and attaches a program with bcc.
 
     bcc finds the named kernel types in the kernel's BTF, or else in the installed headers. What it prints is held back,
     and the compiler's memory is given back at the end. Raises what compile_it raises, with the reason that bcc printed.
@@ -294,7 +296,7 @@ def compiled(types, compile_it):
 
 
 def private_mounts(stack):
-    """Give this thread mounts of its own: tracefs wherever bcc looks for it, and an empty directory.
+    """Gives this thread mounts of its own: tracefs wherever bcc looks for it, and an empty directory.
 
     Returns the path of that directory; None without CAP_SYS_ADMIN. The mounts end with the process at the latest.
     """
@@ -311,7 +313,7 @@ def private_mounts(stack):
 
 
 def shorten_kallsyms(directory, text):
-    """Let this thread see a /proc/kallsyms with the two functions that bcc looks for: it needs 0.1 s to parse all."""
+    """Lets this thread see a /proc/kallsyms with the two functions that bcc looks for: it needs 0.1 s to parse all."""
     if directory and all("BTF_HAS_%s " % name in text for name in BCC_FUNCTIONS):
         path = os.path.join(directory, "kallsyms")
         with open(path, "w") as file:       # bcc ignores addresses that are not the kernel's
@@ -321,7 +323,7 @@ def shorten_kallsyms(directory, text):
 
 @contextlib.contextmanager
 def captured_output():
-    """Hold back what is written to file descriptors 1 and 2; yields a list, in which its lines are at the end."""
+    """Holds back what is written to file descriptors 1 and 2; yields a list, in which its lines are at the end."""
     lines, file, saved = [], os.memfd_create("output"), [os.dup(1), os.dup(2)]
     try:
         os.dup2(file, 1)
@@ -337,14 +339,18 @@ def captured_output():
 
 
 def explained(error, output, no_types):
-    """Return the exception with the reason for it that bcc has printed: its own messages seldom say why."""
+    """Returns the exception with the reason for it that bcc has printed: its own messages seldom say why."""
     if any("Unable to find kernel headers" in line for line in output):
         if not no_types:
             return OSError("no kernel headers in BCC_KERNEL_SOURCE (%s)" % os.environ.get("BCC_KERNEL_SOURCE"))
         return OSError("no kernel types (%s): install linux-headers-%s (Debian, Ubuntu) or kernel-devel (Fedora, RHEL)"
                        % (no_types[0], os.uname().release))
     lines = [line.strip() for line in output if re.search("error:|fail|denied|not permitted|unable|such", line, re.I)]
-    reasons = lines[:1] + ["needs root, or the capabilities that the manual page names"] * bool(os.geteuid())
+    reasons = lines[:1]
+    with open("/proc/self/status") as status:
+        capabilities = int(re.search(r"CapEff:\s*(\w+)", status.read())[1], 16)
+    if capabilities & NEEDED != NEEDED and not capabilities & CAP_SYS_ADMIN:
+        reasons.append("needs root, or the capabilities that the manual page names (a container gets them by options)")
     with contextlib.suppress(OSError), open("/sys/kernel/security/lockdown") as lockdown:
         if "[confidentiality]" in lockdown.read():
             reasons = ["the kernel is in lockdown (confidentiality) and lets nobody read its memory"]
@@ -354,7 +360,7 @@ def explained(error, output, no_types):
 
 
 def release_compiler_memory():
-    """Give back the compiler's heap, and the pages of its code, which are read from the file again if need be."""
+    """Gives back the compiler's heap, and the pages of its code, which are read from the file again if need be."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):        # glibc
         libc.malloc_trim(0)

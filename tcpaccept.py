@@ -4,7 +4,7 @@
 #            For Linux, uses bcc, eBPF.
 #
 # usage: tcpaccept [-h] [-t] [-p PID] [-T] [-P PORT] [-4 | -6] [-r] [--cgroupmap PATH] [--mntnsmap PATH] [--json]
-#                  [--netns NETNS] [--duration SECONDS] [--probes {tracepoint,kprobe}] [--ebpf] [--version]
+#                  [--no-kprobe] [--netns NETNS] [--duration SECONDS] [--ebpf] [--version]
 #
 # Prints one line per passive connection that a process has accepted: the process that called accept(), not the one that
 # listens, and the addresses. Connections that nobody accepts are not shown.
@@ -15,25 +15,29 @@
 # CAVEATS: while a tracepoint of a system call is on, every system call on the machine costs up to 80 ns more. These
 # exits do not cover io_uring and 32-bit programs, which the kprobe does.
 
+# ---- starting ----
 import signal
 
-STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGALRM}      # the last one for --duration
-if __name__ == "__main__":      # blocked from here on and polled in trace(): no signal interrupts an import or a line
+# But for those that nohup or trap "" ignores. SIGALRM is for --duration.
+STOP_SIGNALS = {number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+                if signal.getsignal(number) != signal.SIG_IGN} | {signal.SIGALRM}
+if __name__ == "__main__":      # blocked from here on and polled: no signal interrupts an import or a line
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 import argparse
 import contextlib
-import ctypes
+import errno
 import fcntl
-import functools
+import glob
 import json
 import mmap
 import os
 import re
 import select
-import socket
+import stat
 import struct
 import sys
+import threading
 import time
 
 sys.dont_write_bytecode = True
@@ -42,6 +46,11 @@ try:
 except ImportError:
     def compiled(_types, compile_it):   # without it, an ordinary bcc program that needs kernel headers
         return compile_it()
+
+# ---- tcpaccept ----
+import ctypes
+import functools
+import socket
 
 examples = """examples:
     ./tcpaccept           # trace all TCP accept()s
@@ -55,21 +64,230 @@ examples = """examples:
 """
 
 PROGRAM = "tcpaccept"
-KERNEL = tuple(int(n) for n in re.findall("[0-9]+", os.uname().release)[:2])
-KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "files_struct", "fdtable", "file", "socket", "inet_bind_bucket",
-                "nsproxy"]
+KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "pid", "pid_namespace", "files_struct", "fdtable", "file", "socket",
+                "mptcp_sock", "inet_bind_bucket", "nsproxy"]
 RECENT = 1024                   # connections per CPU that are remembered as accepted
-RING_PAGES = (4 << 20) // mmap.PAGESIZE if KERNEL >= (5, 8) else 0      # 4 MiB: a second of the fastest load measured
-PERF_PAGES = (1 << 20) // mmap.PAGESIZE         # per CPU, where there is no ring buffer
-HARMLESS = b"_second", b"_destroy"              # skipping a program whose name ends like this loses nothing
-LOSSES = ["accepts lost: the ring buffer was full", "accepts lost: another thread had closed the socket already",
-          "accepts lost: the kernel did not run the probe"]
+RING_PAGES = (4 << 20) // mmap.PAGESIZE         # 4 MiB: a second of the fastest load measured
+# Names in the C text, where they are numbers in this order, and what is printed.
+LOSSES = {"LOST_EVENT": "accepts lost: the ring buffer was full",
+          "LOST_SOCKET": "accepts lost: another thread had closed the socket already",
+          "SKIPPED": "accepts lost: the kernel did not run the probe"}
 
 bpf_text = r"""
-#include <linux/fdtable.h>
-#include <linux/fs.h>
-#include <linux/tcp.h>
 #include <net/inet_hashtables.h>
+
+struct event {
+    u64 ts;                     /* bpf_ktime_get_ns() */
+    struct owner owner;
+    struct endpoints ends;
+    u32 pad;
+};
+
+static inline void accepted(struct sock *sk)
+{
+    struct event e = {.ts = bpf_ktime_get_ns()};
+
+    if (container_should_be_filtered())
+        return;
+    set_owner(&e.owner);
+    read_endpoints(&e.ends, sk);
+    if (!IS_WANTED_OWNER(&e.owner) || !IS_WANTED_PEER(&e.ends) || !IS_WANTED_LPORT(e.ends.lport))
+        return;
+    if (events.ringbuf_output(&e, sizeof(e), BPF_RB_NO_WAKEUP))
+        count_lost(LOST_EVENT);
+}
+
+/* security_sock_graft() is called in accept() with the new socket, by io_uring too. */
+int kprobe_accept(struct pt_regs *ctx, struct sock *sk)
+{
+    sk = tcp_of(sk);
+    if (sk)
+        accepted(sk);
+    return 0;
+}
+
+/*
+ * At the exit of the system call, another thread may have put an older socket behind the descriptor: a connection that
+ * has been accepted before, or one that connect() made. A socket's memory is used again, but each time with another
+ * initial sequence number.
+ */
+struct connection {
+    u64 sk;
+    u64 isn;
+};
+
+BPF_HASH(recent, struct connection, u32, 2 * RECENT * CPUS);            /* which process accepted it */
+BPF_PERCPU_ARRAY(order, struct connection, RECENT);                     /* the same in order, to forget the oldest */
+BPF_PERCPU_ARRAY(next, u32, 1);
+
+/* Returns which process has accepted this connection before, or 0 and remembers that the current one has. */
+static inline u32 acceptor_of(struct sock *sk)
+{
+    struct tcp_sock *tp = (struct tcp_sock *)sk;
+    struct connection key = {.sk = (u64)sk, .isn = READ(tp, snd_una) - (u32)READ(tp, bytes_acked)}, *oldest;
+    u32 pid = bpf_get_current_pid_tgid() >> 32, *known, *n;
+    int zero = 0;
+
+    if (recent.insert(&key, &pid) == -EEXIST) {
+        known = recent.lookup(&key);
+        return known ? *known : pid;
+    }
+    n = next.lookup(&zero);
+    oldest = n ? order.lookup(n) : NULL;
+    if (oldest) {
+        recent.delete(oldest);
+        *oldest = key;
+        *n = (*n + 1) % RECENT;
+    }
+    return 0;
+}
+
+/*
+ * A port that connect() chose is in a bucket marked as such. A transparent proxy's connection may share it, but has its
+ * listener's backlog.
+ */
+static inline bool has_connected(struct sock *sk)
+{
+    struct inet_bind_bucket *bucket = READ((struct inet_connection_sock *)sk, icsk_bind_hash);
+
+    return bucket && (signed char)READ(bucket, fastreuse) < 0 && !READ(sk, sk_max_ack_backlog);
+}
+
+static inline int accept_returned(struct syscall_exit *ctx, bool first)
+{
+    struct owner owner = {};
+    struct sock *sk, *tcp;
+    u32 acceptor;
+
+    if (ctx->ret < 0 || (PREEMPTIBLE && !is_mine(ctx, bpf_get_current_pid_tgid(), first)))
+        return 0;
+    sk = socket_of(ctx->ret);
+    tcp = tcp_of(sk);
+    if (tcp && READ(tcp, __sk_common.skc_dport) && !has_connected(tcp)) {
+        acceptor = acceptor_of(tcp);
+        if (!acceptor)
+            accepted(tcp);
+        /* Accepted by another process, the supervisor of this one (seccomp): it is printed already. */
+        if (acceptor != (u32)(bpf_get_current_pid_tgid() >> 32))
+            return 0;
+    } else if (sk && !tcp) {    /* a socket of another kind: Unix, SCTP, ... */
+        return 0;
+    }
+    set_owner(&owner);
+    if (IS_WANTED_OWNER(&owner) && !container_should_be_filtered())
+        count_lost(LOST_SOCKET);
+    return 0;
+}
+
+int tracepoint_accept_first(struct syscall_exit *ctx) { return accept_returned(ctx, true); }
+int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(ctx, false); }
+"""
+
+JSON = '{"ts":%.6f,%s,"ip":%d,"laddr":"%s","lport":%d,"raddr":"%s","rport":%d,"netns":%d}\n'
+
+
+def pinned_map(text):
+    """Returns the path of a pinned BPF map, in characters that can stand in the C text."""
+    if not re.fullmatch("/[A-Za-z0-9_./-]+", text) or not os.path.exists(text):
+        raise argparse.ArgumentTypeError("not the path of a pinned BPF map: %r" % text)
+    return text
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(PROGRAM, description="Trace TCP accepts",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)
+    add = parser.add_argument
+    add("-t", "--timestamp", action="store_true", help="include timestamp on output")
+    add("-p", "--pid", type=process, help="trace this PID only")
+    add("-T", "--time", action="store_true", help="include time column on output (HH:MM:SS)")
+    add("-P", "--port", dest="lport", metavar="PORT", type=ports, help="comma-separated list of local ports to trace.")
+    family = parser.add_mutually_exclusive_group()
+    family.add_argument("-4", "--ipv4", action="store_true", help="trace IPv4 only")
+    family.add_argument("-6", "--ipv6", action="store_true", help="trace IPv6 only")
+    add("-r", "--rport", dest="show_rport", action="store_true", help="include the remote port on output")
+    add("--cgroupmap", metavar="PATH", type=pinned_map, help="trace cgroups in this BPF map only")
+    add("--mntnsmap", metavar="PATH", type=pinned_map, help="trace mount namespaces in this BPF map only")
+    add("--json", action="store_true", help="print one JSON object per line, with exact times")
+    add("--no-kprobe", action="store_true", help="trace accept() at the exit of the system call, kprobes or not")
+    add_common(parser)
+    args = parser.parse_args(argv)
+    args.row_format = ("%-8s " if args.time else "") + ("%-8s " if args.timestamp else "") + "%-6s %-12.12s %-2s %-16s "
+    args.row_format += ("%-5s " if args.show_rport else "") + "%-16s %s\n"
+    return args
+
+
+def cflags(args):
+    """Returns the arguments as macros for the C text. Only numbers get into it."""
+    return flags({
+        **filters(args),
+        "RING_PAGES": RING_PAGES, "RECORD_SIZE": RECORD.size - 8,
+        "RECENT": RECENT, "CPUS": os.sysconf("SC_NPROCESSORS_CONF"),
+    }, LOSSES)
+
+
+def program(args):
+    """Returns the C text with bcc's function container_should_be_filtered(), if there is a bcc."""
+    text = shared_text + bpf_text + probes_text
+    with contextlib.suppress(ImportError):
+        from bcc.containers import filter_by_containers
+        return filter_by_containers(args) + text
+    return text
+
+
+def attach(bcc, args):
+    """Returns the BPF object, compiled, loaded and attached."""
+    bpf = bcc.BPF(text=program(args), cflags=cflags(args))
+    attach_accept(bpf, args)
+    return bpf
+
+
+def header(args):
+    names = "PID", "COMM", "IP", "RADDR", *(("RPORT",) if args.show_rport else ()), "LADDR", "LPORT"
+    return "" if args.json else args.row_format % (time_names(args) + names)
+
+
+def line(args, record, start, wall):
+    """Returns one line. start: of the first accept, wall: offset of the kernel's clock from Unix time, both in ns."""
+    ts, owner, local, remote, lport, rport, netns, _ = record
+    pid, comm, json_owner = owner_text(owner)
+    laddr, raddr = address(local, netns), address(remote, netns)
+    ip = 6 if ":" in raddr else 4
+    if args.json:
+        return JSON % ((ts + wall) / 1e9, json_owner, ip, laddr, lport, raddr, rport, netns)
+    row = (pid, comm, ip, raddr, rport, laddr, lport) if args.show_rport else (pid, comm, ip, raddr, laddr, lport)
+    if args.time or args.timestamp:
+        row = times(args, ts, start, wall) + row
+    return args.row_format % row
+
+
+def trace(args):
+    """Prints accepts until a signal comes, the time is up or the reader of the output has gone."""
+    bpf = load(args)
+    read = open_events(bpf, RECORD)
+    start = None
+    write(header(args))
+    stop = False
+    while not stop:
+        time.sleep(0.1)         # seconds that a line may be late
+        stop = is_to_stop()
+        records = list(RECORD.iter_unpack(read()))
+        if records and start is None:
+            start = records[0][0]
+        wall = time.time_ns() - time.monotonic_ns()     # every time, as the clock may have been set
+        stop = write("".join([line(args, record, start, wall) for record in records])) or stop
+        report(bpf)
+    report(bpf, in_all=True)
+
+
+# -------- Shared from here on: a part has the same text in every tool that has it, to the letter (make same) --------
+
+shared_text = r"""
+/* ---- members ---- */
+#include <linux/errqueue.h>
+#include <linux/fdtable.h>
+#include <linux/net.h>
+#include <linux/pid_namespace.h>
+#include <linux/tcp.h>
 #include <net/sock.h>
 
 /* A member of a kernel object. */
@@ -79,37 +297,8 @@ bpf_text = r"""
     value;                                                                  \
 })
 
-struct owner {
-    u32 pid;                    /* 0: not known */
-    char comm[TASK_COMM_LEN];
-};
-
-struct event {                  /* as RECORD below */
-    u64 ts;                     /* bpf_ktime_get_ns() */
-    struct owner owner;
-    u32 netns;
-    u32 laddr[4], raddr[4];     /* IPv4 as ::ffff:a.b.c.d */
-    u16 lport, rport;
-    u32 pad;
-};
-
-/* A socket's memory is reused, but each time with another initial sequence number. */
-struct connection {
-    u64 sk;
-    u64 isn;
-};
-
-enum { LOST_EVENT, LOST_SOCKET, RESCUED, COUNTERS };            /* as LOSSES above */
-
-BPF_HASH(recent, struct connection, u8, 2 * RECENT * CPUS);
-BPF_PERCPU_ARRAY(order, struct connection, RECENT);     /* the same in order, to forget the oldest */
-BPF_PERCPU_ARRAY(next, u32, 1);
-BPF_ARRAY(lost, u64, COUNTERS);
-#if RING_PAGES
-BPF_RINGBUF_OUTPUT(events, RING_PAGES);
-#else
-BPF_PERF_OUTPUT(events);
-#endif
+/* ---- losses ---- */
+BPF_ARRAY(lost, u64, STARTED + 1);
 
 static inline void count_lost(int what)
 {
@@ -119,108 +308,144 @@ static inline void count_lost(int what)
         __sync_fetch_and_add(n, 1);
 }
 
+/* ---- marks ---- */
 /*
- * Since 7.0 a program can be preempted, and the kernel skips it for the process that preempts it. So there is a second
- * program, which handles what the first was skipped for. What the first has handled is marked until the second has run.
+ * The kernel skips a program that is already running on this CPU (since 6.1): it would miss the events of a softirq
+ * that interrupts it and, since 7.0, those of a process that preempts it. So a second program runs right after the
+ * first one, for the same event. If the first has left a mark, it did the work; if not, it was skipped.
+ *
+ * A mark belongs to the place of ctx on the kernel stack. That is the same for both programs, and another one for all
+ * else that runs or waits at that time. Where the mark of a place is taken by another one, the second does the work.
  */
-#if PREEMPTIBLE
-BPF_TABLE("lru_hash", u64, u8, marks, 1 << 14);         /* not per CPU: a preempted process may move to another one */
+struct mark {
+    u64 place, event;           /* event: 0 if the mark is free */
+};
+
+#if PREEMPTIBLE                 /* between the two, the process may lose its CPU and go on on another one */
+BPF_HASH(marks, u32, struct mark, MAX_MARKS);
+#else
+BPF_PERCPU_ARRAY(marks, struct mark, MAX_MARKS);
+#endif
 
 static inline bool is_mine(void *ctx, u64 event, bool first)
 {
-    u8 one = 1;
+    int started = STARTED;
+    u64 *has_started = lost.lookup(&started);
+    u64 place = ctx - (void *)has_started;      /* a number: the verifier does not let ctx itself be stored */
+    u32 key = place * 0x9e3779b97f4a7c15 >> 32;
+    struct mark *mark, new = {};
 
-    if (first)
-        marks.update(&event, &one);
-    else if (!marks.delete(&event))
+    if (!has_started || !*has_started)          /* the other program may not be attached yet */
         return false;
-    else
-        count_lost(RESCUED);
+    if (!PREEMPTIBLE)
+        key %= MAX_MARKS;
+    else if (first && !marks.lookup(&key))
+        marks.update(&key, &new);
+    mark = marks.lookup(&key);
+    if (first) {
+        if (!mark || (mark->event && mark->place != place)) {
+            count_lost(SKIPPED);
+            return false;
+        }
+        mark->place = place;
+        mark->event = event;
+        return true;
+    }
+    if (mark && mark->place == place && mark->event == event) {
+        mark->event = 0;
+        return false;
+    }
+    count_lost(RESCUED);
     return true;
 }
-#else
-#define is_mine(ctx, event, first) true      /* accept() runs in no interrupt, and only the first is attached */
-#endif
 
-static inline u16 protocol_of(struct sock *sk)
+/* ---- owners ---- */
+struct owner {
+    u32 pid;                    /* 0: not known */
+    char comm[TASK_COMM_LEN];
+};
+
+/* The process ID that /proc shows where the tool runs; 0 for a process outside of that PID namespace. */
+static inline u32 pid_of(struct task_struct *task)
 {
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(5, 6, 0)       /* a bit field before, and no MPTCP */
-    return READ(sk, sk_protocol);
+#if PIDNS
+    struct pid *pid = READ(READ(task, group_leader), thread_pid);
+    u32 level, levels = READ(pid, level);
+    struct upid number;
+
+    for (level = 0; level <= levels && level <= 32; level++) {          /* MAX_PID_NS_LEVEL */
+        bpf_probe_read_kernel(&number, sizeof(number), &pid->numbers[level]);
+        if (READ(number.ns, ns.inum) == PIDNS)
+            return number.nr;
+    }
+    return 0;
 #else
-    return IPPROTO_TCP;
+    return bpf_get_current_pid_tgid() >> 32;
 #endif
 }
 
-/* accept() returns sockets of other kinds too: Unix, SCTP, ... */
-static inline bool is_tcp(struct sock *sk)
+/* To be called only where the current process is the one that uses the socket. */
+static inline void set_owner(struct owner *o)
 {
-    u16 protocol = protocol_of(sk), family = READ(sk, __sk_common.skc_family);
+    struct task_struct *task = (struct task_struct *)bpf_get_current_task();
+    u32 flags = READ(task, flags);
 
-    return (family == AF_INET || family == AF_INET6) && (protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP);
+    if (flags & PF_KTHREAD)     /* closes for others: MPTCP's worker, io_uring's, the collector of Unix sockets */
+        return;
+    o->pid = pid_of(task);
+    if (flags & PF_IO_WORKER)   /* a thread of the process that io_uring has named iou-wrk-PID */
+        bpf_probe_read_kernel(&o->comm, sizeof(o->comm), &READ(task, group_leader)->comm);
+    else
+        bpf_get_current_comm(&o->comm, sizeof(o->comm));
 }
 
-static inline void read_endpoints(struct event *e, struct sock *sk)
+/* ---- endpoints ---- */
+struct address {
+    u32 word[4];                /* as sent; IPv4 as ::ffff:a.b.c.d */
+    u32 scope;                  /* the interface that the socket is bound to */
+};
+
+struct endpoints {
+    struct address laddr, raddr;
+    u16 lport, rport;
+    u32 netns;
+};
+
+#define IS_IPV4(address) (!(address).word[0] && !(address).word[1] && (address).word[2] == htonl(0xffff))
+
+static inline void read_endpoints(struct endpoints *e, struct sock *sk)
 {
     struct sock_common c;
 
     bpf_probe_read_kernel(&c, sizeof(c), &sk->__sk_common);
+    __builtin_memset(e, 0, sizeof(*e));
+    e->netns = READ(c.skc_net.net, ns.inum);
     if (c.skc_family == AF_INET) {
-        e->laddr[2] = e->raddr[2] = htonl(0xffff);
-        e->laddr[3] = c.skc_rcv_saddr;
-        e->raddr[3] = c.skc_daddr;
+        e->laddr.word[2] = e->raddr.word[2] = htonl(0xffff);
+        e->laddr.word[3] = c.skc_rcv_saddr;
+        e->raddr.word[3] = c.skc_daddr;
     } else {
-        __builtin_memcpy(e->laddr, &c.skc_v6_rcv_saddr, sizeof(e->laddr));
-        __builtin_memcpy(e->raddr, &c.skc_v6_daddr, sizeof(e->raddr));
+        __builtin_memcpy(e->laddr.word, &c.skc_v6_rcv_saddr, sizeof(e->laddr.word));
+        __builtin_memcpy(e->raddr.word, &c.skc_v6_daddr, sizeof(e->raddr.word));
+        e->laddr.scope = e->raddr.scope = c.skc_bound_dev_if;
     }
     /* skc_num is 0 once the socket has left the port's hash table, which is before CLOSE. inet_sport stays. */
     e->lport = ntohs(READ((struct inet_sock *)sk, inet_sport));
     e->rport = ntohs(c.skc_dport);
 }
 
-/* To be called only where the current process is the one that uses the socket. */
-static inline void set_owner(struct owner *o)
+/* ---- accepted sockets ---- */
+/* What accept() returned, if it is TCP, else NULL. Of MPTCP it is the first subflow, unless that has ended. */
+static inline struct sock *tcp_of(struct sock *sk)
 {
-#if PIDNS
-    struct bpf_pidns_info ns = {};
+    u16 protocol = READ(sk, sk_protocol);
 
-    bpf_get_ns_current_pid_tgid(PIDNS_DEV, PIDNS, &ns, sizeof(ns));
-    o->pid = ns.tgid;           /* 0 for a process of another namespace */
-#else
-    o->pid = bpf_get_current_pid_tgid() >> 32;
+#ifdef BTF_HAS_mptcp_sock
+    if (protocol == IPPROTO_MPTCP)
+        return READ((struct mptcp_sock *)sk, first) ?: sk;
 #endif
-    bpf_get_current_comm(&o->comm, sizeof(o->comm));
+    return protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP ? sk : NULL;
 }
-
-static inline void accepted(void *ctx, struct sock *sk)
-{
-    struct event e = {};
-    bool ipv4;
-
-    if (!is_tcp(sk) || container_should_be_filtered())
-        return;
-    set_owner(&e.owner);
-    e.netns = READ(READ(sk, __sk_common.skc_net.net), ns.inum);
-    read_endpoints(&e, sk);
-    ipv4 = !e.raddr[0] && !e.raddr[1] && e.raddr[2] == htonl(0xffff);
-    if ((FILTER_PID && e.owner.pid != FILTER_PID) || (FILTER_NETNS && e.netns != FILTER_NETNS) ||
-        (FILTER_IP && ipv4 != (FILTER_IP == 4)) || !IS_WANTED_PORT(e.lport))
-        return;
-    e.ts = bpf_ktime_get_ns();
-#if RING_PAGES
-    if (events.ringbuf_output(&e, sizeof(e), BPF_RB_NO_WAKEUP))     /* no wake-up: the reader polls */
-#else
-    if (events.perf_submit(ctx, &e, sizeof(e)))
-#endif
-        count_lost(LOST_EVENT);
-}
-
-/* security_sock_graft() is called in accept() with the new socket, by io_uring too. */
-int kprobe_accept(struct pt_regs *ctx, struct sock *sk) { accepted(ctx, sk); return 0; }
-
-struct syscall_exit {
-    u64 common;
-    long nr, ret;
-};
 
 /* The socket behind a descriptor of the current process; NULL if it is already closed, or no longer a socket. */
 static inline struct sock *socket_of(long fd)
@@ -229,79 +454,38 @@ static inline struct sock *socket_of(long fd)
     struct file **files, *file = NULL;
     struct socket *socket;
 
-    if (fd < 0)
-        return NULL;
     files = READ(READ(READ(task, files), fdt), fd);
     bpf_probe_read_kernel(&file, sizeof(file), &files[fd]);
     socket = READ(file, private_data);
     return file && READ(socket, file) == file ? READ(socket, sk) : NULL;
 }
 
-/* Whether this connection is newly accepted: another thread may have put an older one behind the descriptor. */
-static inline bool is_new(struct sock *sk)
-{
-    struct tcp_sock *tp = (struct tcp_sock *)sk;
-    struct connection key = {.sk = (u64)sk}, *oldest;
-    int zero = 0;
-    u8 one = 1;
-    u32 *n;
+struct syscall_exit {
+    u64 common;
+    long nr, ret;
+};
 
-    if (protocol_of(sk) != IPPROTO_TCP)
-        return true;
-    key.isn = READ(tp, snd_una) - (u32)READ(tp, bytes_acked);
-    if (recent.insert(&key, &one) == -EEXIST)
-        return false;
-    n = next.lookup(&zero);
-    oldest = n ? order.lookup(n) : NULL;
-    if (oldest) {
-        recent.delete(oldest);
-        *oldest = key;
-        *n = (*n + 1) % RECENT;
-    }
-    return true;
-}
-
-/* A port that connect() chose is in a bucket marked as such: this socket came from connect(), not from accept(). */
-static inline bool has_connected(struct sock *sk)
-{
-    struct inet_bind_bucket *bucket = READ((struct inet_connection_sock *)sk, icsk_bind_hash);
-
-    return bucket && (signed char)READ(bucket, fastreuse) < 0;
-}
-
-static inline int accept_returned(struct syscall_exit *ctx, bool first)
-{
-    struct sock *sk;
-
-    if (!is_mine(ctx, bpf_get_current_pid_tgid(), first) || ctx->ret < 0)
-        return 0;
-    sk = socket_of(ctx->ret);
-    if (sk && !is_tcp(sk))
-        return 0;
-    if (sk && READ(sk, __sk_common.skc_dport) && !has_connected(sk) && is_new(sk))
-        accepted(ctx, sk);
-    else
-        count_lost(LOST_SOCKET);
-    return 0;
-}
-
-int tracepoint_accept_first(struct syscall_exit *ctx) { return accept_returned(ctx, true); }
-int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(ctx, false); }
+/* ---- ring buffer ---- */
+BPF_RINGBUF_OUTPUT(events, RING_PAGES);
 """
 
-# struct event, behind the ring buffer's own header of a record (length and flags, page offset)
-RECORD = struct.Struct("=8xQ20sI16s16sHH4x")
-TEXT = "%%-6s %%-12.12s %%-2s %%-16s %s%%-16s %%s\n"
-JSON = '{"ts":%.6f,%s,"ip":%d,"laddr":"%s","lport":%d,"raddr":"%s","rport":%d,"netns":%d}\n'
+probes_text = r"""
+/* ---- records ---- */
+_Static_assert(sizeof(struct event) == RECORD_SIZE, "struct event has gaps, or a member of a type that FORMATS lacks");
+"""
 
-
+# ---- arguments ----
 def number(low, high, kind=int):
     """Returns a converter for argparse: a number from low to high in plain digits, as an int or a float."""
-    def number(text):
+    def number_from(text):
         if not re.fullmatch(r"\d+" if kind is int else r"\d*\.?\d+", text, re.A) or not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError("not a number from %s to %s: %r" % (low, high, text))
         return kind(text)
-    return number
+    return number_from
+
+
+def ports(text):
+    return [number(1, 65535)(port) for port in text.split(",")]
 
 
 def process(text):
@@ -316,114 +500,125 @@ def process(text):
 
 def netns(text):
     """Returns the inode number of a network namespace, given as such, as a path or as a name from `ip netns list`."""
-    if text.isdecimal():
-        return number(1, 0xffffffff)(text)
     path = text if "/" in text else "/run/netns/" + text
-    with contextlib.suppress(OSError), open(path, opener=lambda name, how: os.open(name, how | os.O_NONBLOCK)) as file:
-        if fcntl.ioctl(file, 0xb703) == 0x40000000:         # NS_GET_NSTYPE, CLONE_NEWNET
-            return os.fstat(file.fileno()).st_ino
+    if text.isdecimal() and not os.path.exists(path):
+        try:
+            path = netns_path(number(1, 0xffffffff)(text))
+        except PermissionError:         # not root: whether there is one cannot be known
+            return int(text)
+    with contextlib.suppress(OSError):
+        namespace = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        if fcntl.ioctl(namespace, 0xb703) == 0x40000000:    # NS_GET_NSTYPE, CLONE_NEWNET
+            return os.fstat(namespace).st_ino               # left open: nobody else gets this number
     raise argparse.ArgumentTypeError("not a network namespace: %r" % text)
 
 
-def pinned_map(text):
-    """Returns the path of a pinned BPF map, in characters that can stand in the C text."""
-    if not re.fullmatch("/[A-Za-z0-9_./-]+", text) or not os.path.exists(text):
-        raise argparse.ArgumentTypeError("not the path of a pinned BPF map: %r" % text)
-    return text
+def netns_path(inode):
+    """Returns a path to the network namespace with this inode number, "" if it has none. Raises PermissionError."""
+    for path in [*glob.iglob("/run/netns/*"), *glob.iglob("/proc/[0-9]*/ns/net")]:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):       # it has ended
+            if os.stat(path).st_ino == inode:
+                return path
+    return ""
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(PROGRAM, description="Trace TCP accepts",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)
-    family, add = parser.add_mutually_exclusive_group(), parser.add_argument
-    add("-t", "--timestamp", action="store_true", help="include timestamp on output")
-    add("-p", "--pid", type=process, help="trace this PID only")
-    add("-T", "--time", action="store_true", help="include time column on output (HH:MM:SS)")
-    add("-P", "--port", type=lambda text: [number(1, 65535)(port) for port in text.split(",")],
-        help="comma-separated list of local ports to trace.")
-    family.add_argument("-4", "--ipv4", action="store_true", help="trace IPv4 only")
-    family.add_argument("-6", "--ipv6", action="store_true", help="trace IPv6 only")
-    add("-r", "--rport", action="store_true", help="include the remote port on output")
-    add("--cgroupmap", metavar="PATH", type=pinned_map, help="trace cgroups in this BPF map only")
-    add("--mntnsmap", metavar="PATH", type=pinned_map, help="trace mount namespaces in this BPF map only")
-    add("--json", action="store_true", help="print one JSON object per line, with exact times")
-    add("--netns", type=netns, help="trace this network namespace only: inode number, path or name")
+def add_common(parser, *netns_names):
+    """Adds what all tools have. netns_names: further names of --netns."""
+    add = parser.add_argument
+    add(*netns_names, "--netns", type=netns, help="trace this network namespace only: inode number, path or name")
     add("--duration", metavar="SECONDS", type=number(0.001, 1e9, float), help="exit after this many seconds")
-    add("--probes", choices=("tracepoint", "kprobe"),
-        help="use this kind of probe only (default: the kprobe where the kernel has kprobes)")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     add("--version", action="version", version="%(prog)s 1.0")
     parser.print_help = lambda: write(parser.format_help())     # argparse's own would fail only at exit
-    args = parser.parse_args(argv)
-    args.form = args.time * "%-8s " + args.timestamp * "%-8s " + TEXT % ("%-5s " if args.rport else "%.0s")
-    return args
 
 
-def pid_namespace():
-    """Returns macros for the PID namespace in which the tool runs: 0 for the initial one."""
-    namespace = os.stat("/proc/self/ns/pid")
-    is_initial = namespace.st_ino == 0xeffffffc         # PROC_PID_INIT_INO, include/linux/proc_ns.h
-    if KERNEL < (5, 7) and not is_initial:
-        print("%s: before Linux 5.7 the PIDs are the host's, not this PID namespace's" % PROGRAM, file=sys.stderr)
-    return {"PIDNS": 0 if is_initial or KERNEL < (5, 7) else namespace.st_ino, "PIDNS_DEV": os.minor(namespace.st_dev)}
+# ---- filters ----
+def any_of(condition, values):
+    """Returns a C expression that is true if the condition holds for one of the values, or if there are none."""
+    return " || ".join([condition % value for value in values or []]) or "true"
 
 
-def cflags(args):
-    """Returns the arguments as macros for the C text. Only numbers get into it."""
-    macros = {
-        **pid_namespace(),
-        "PREEMPTIBLE": int(KERNEL >= (7, 0)),
-        "RING_PAGES": RING_PAGES,
-        "RECENT": RECENT,
-        "CPUS": os.sysconf("SC_NPROCESSORS_CONF"),
-        "FILTER_PID": args.pid or 0,
-        "FILTER_NETNS": args.netns or 0,
-        "FILTER_IP": 4 * args.ipv4 + 6 * args.ipv6,
-        "IS_WANTED_PORT(port)": " || ".join("(port) == %d" % port for port in args.port or []) or "true",
-    }
+def filters(args, *peer):
+    """Returns the options that filter as macros: C expressions that are true for what is wanted. peer: more of them."""
+    option = vars(args).get
+    peer += (any_of("(e)->netns == %d", args.netns and [args.netns]), any_of("(e)->rport == %d", option("rport")),
+             "IS_IPV4((e)->raddr)" if option("ipv4") else "!IS_IPV4((e)->raddr)" if option("ipv6") else "true")
+    return {"IS_WANTED_OWNER(o)": any_of("(o)->pid == %d", args.pid and [args.pid]),
+            "IS_WANTED_PEER(e)": " && ".join(["(%s)" % condition for condition in peer]),
+            "IS_WANTED_LPORT(port)": any_of("(port) == %d", option("lport")),
+            "FILTERS": int(set(peer) != {"true"} or bool(option("lport")))}
+
+
+# ---- compiling ----
+KERNEL = tuple(int(n) for n in re.findall("[0-9]+", os.uname().release)[:2])
+# "tracing: Guard __DECLARE_TRACE() use of __DO_TRACE_CALL() with SRCU-fast": a process may preempt another's program.
+PREEMPTIBLE = KERNEL >= (7, 0)
+MAX_MARKS = 1 << 14 if PREEMPTIBLE else 1 << 8  # of all CPUs: 1 MB of kernel memory, or of each: 4 KB
+
+
+def flags(macros, *enums):
+    """Returns compiler flags: the macros, and each name in an enum as its place there."""
+    macros.setdefault("TWO_PROGRAMS", 1)
+    for names in enums:
+        macros.update(zip(names, range(len(names))))
+    macros.update(PIDNS=pid_namespace(), PREEMPTIBLE=int(PREEMPTIBLE), MAX_MARKS=MAX_MARKS,
+                  RESCUED=len(LOSSES), STARTED=len(LOSSES) + 1)
     return ["-g0"] + ["-D%s=(%s)" % item for item in macros.items()]    # no debug information: starts 10 % faster
 
 
-def attach_accept(bpf, args):
-    """Attaches to security_sock_graft(), or else to the exits of the system calls."""
-    if args.probes != "tracepoint":
-        try:
-            return bpf.attach_kprobe(event="security_sock_graft", fn_name="kprobe_accept")
-        except Exception:       # no kprobes, or no CONFIG_SECURITY_NETWORK
-            if args.probes == "kprobe":
-                raise
-    for fn_name in ["tracepoint_accept_first"] + ["tracepoint_accept_second"] * (KERNEL >= (7, 0)):
-        bpf.attach_tracepoint(tp="syscalls:sys_exit_accept4", fn_name=fn_name)
-        bpf.attach_tracepoint(tp="syscalls:sys_exit_accept", fn_name=fn_name)
-
-
-def c_text(args):
-    """Returns the C text with bcc's function container_should_be_filtered(), if there is a bcc."""
-    with contextlib.suppress(ImportError):
-        from bcc.containers import filter_by_containers
-        return filter_by_containers(args) + bpf_text
-    return bpf_text
-
-
-def attach(bcc, args):
-    """Returns the BPF object, compiled, loaded and attached."""
-    bpf = bcc.BPF(text=c_text(args), cflags=cflags(args))
-    attach_accept(bpf, args)
-    return bpf
+def pid_namespace():
+    """Returns the inode number of the PID namespace whose numbers /proc shows; 0 for the initial one."""
+    inode = os.stat("/proc/self/ns/pid").st_ino
+    with contextlib.suppress(OSError):          # only root may look at process 1, of whose namespace /proc is
+        inode = os.stat("/proc/1/ns/pid").st_ino
+    return 0 if inode == 0xeffffffc else inode          # PROC_PID_INIT_INO, include/linux/proc_ns.h
 
 
 def load(args):
-    """Returns what attach() returns, or exits with one line that says what to do."""
+    """Returns what attach() returns, or exits with one line that says what to do. --duration counts from here."""
+    if KERNEL < (5, 10):
+        die("needs Linux 5.10 or later")
     if sys.stdout is None or sys.stderr is None:        # else a BPF map would become descriptor 1 or 2
-        sys.exit("%s: standard output or standard error is closed" % PROGRAM)
+        die("standard output or standard error is closed")
     try:
         import bcc
-        return compiled(KERNEL_TYPES, lambda: attach(bcc, args))
+        bpf = compiled(KERNEL_TYPES, lambda: attach(bcc, args))
     except ImportError as error:
-        sys.exit("%s: %s: %s has no bcc: install python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora)"
-                 % (PROGRAM, error, sys.executable))
+        die("%s: %s has no bcc: install python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora)"
+            % (error, sys.executable))
     except Exception as error:
-        sys.exit("%s: cannot trace: %s" % (PROGRAM, error))
+        die("cannot trace: %s" % error)
+    counters = bpf["lost"]
+    counters[len(LOSSES) + 1] = counters.Leaf(1)        # STARTED
+    report(bpf)                 # what was skipped before does not count
+    signal.setitimer(signal.ITIMER_REAL, args.duration or 0)
+    return bpf
+
+
+# ---- accept() ----
+def attach_accept(bpf, args):
+    """Attaches to security_sock_graft(), or else to the exits of the system calls."""
+    if not args.no_kprobe:
+        with contextlib.suppress(Exception):    # no kprobes, or no CONFIG_SECURITY_NETWORK
+            return bpf.attach_kprobe(event="security_sock_graft", fn_name="kprobe_accept")
+    for order in ("first", "second") if PREEMPTIBLE else ("first",):
+        bpf.attach_tracepoint(tp="syscalls:sys_exit_accept4", fn_name="tracepoint_accept_" + order)
+        bpf.attach_tracepoint(tp="syscalls:sys_exit_accept", fn_name="tracepoint_accept_" + order)
+
+
+# ---- ring buffer ----
+FORMATS = {"u8": "B", "u16": "H", "u32": "I", "s32": "i", "u64": "Q", "s64": "q", "struct owner": "20s",
+           "struct address": "20s"}
+
+
+def layout(name):
+    """Returns the members of a struct in the C text, but for arrays, in the format of struct.Struct."""
+    body = re.search(r"(?ms)^struct %s \{$(.*?)^\};" % name, shared_text + bpf_text)[1]
+    members = re.findall(r"(?m)^ +((?:struct )?\w+) ([\w, ]+);", body)
+    return "".join([(FORMATS.get(kind) or layout(kind[7:])) * len(names.split(",")) for kind, names in members])
+
+
+RECORD = struct.Struct("=8x" + layout("event"))         # behind the ring buffer's own header of a record
 
 
 def open_events(bpf, record):
@@ -433,18 +628,6 @@ def open_events(bpf, record):
     Documentation/bpf/ringbuf.rst): a page with the consumer's position, one with the producer's, then the data, mapped
     twice in a row so that no record is ever split.
     """
-    if not RING_PAGES:
-        records = []
-        bpf["events"].open_perf_buffer(
-            lambda cpu, data, size: records.append(bytes(8) + ctypes.string_at(data, record.size - 8)),
-            page_cnt=PERF_PAGES, lost_cb=lambda count: None)        # the probe has counted them
-
-        def poll():
-            records.clear()
-            bpf.perf_buffer_poll(0)
-            return b"".join(records)
-        return poll
-
     page, size = mmap.PAGESIZE, RING_PAGES * mmap.PAGESIZE
     consumer = mmap.mmap(bpf["events"].map_fd, page)
     ring = memoryview(mmap.mmap(bpf["events"].map_fd, page + 2 * size, prot=mmap.PROT_READ, offset=page))
@@ -465,23 +648,50 @@ def open_events(bpf, record):
     return read
 
 
-def losses(bpf):
-    """Returns {what was lost: how often since the start}."""
-    skipped = 0                 # how often a program was not run because it was running already (since Linux 5.12)
+# ---- losses ----
+LOST = {}                       # what: how often since the start, as far as it is certain. No number ever falls.
+SKIPS = []                      # how often programs had been skipped at the start, and when this was last asked
+# A program that may be skipped: the first ones handle the same events, and what is left of a socket is dropped later.
+HARMLESS = {b"tracepoint_set_state_second", b"tracepoint_accept_second", b"tracepoint_destroy"}
+
+
+def report(bpf, in_all=False):
+    """Prints what has been lost since the last call, and at the end what has been lost in all."""
+    *counts, skipped, rescued, _ = (count.value for count in bpf["lost"].values())
     for name, function in bpf.funcs.items():
-        if not name.endswith(HARMLESS):
+        if name not in HARMLESS:
             with open("/proc/self/fdinfo/%d" % function.fd) as info:
                 skipped += sum(int(n) for n in re.findall(r"recursion_misses:\s*(\d+)", info.read()))
-    *counts, rescued = (count.value for count in bpf["lost"].values())      # read last: skipped comes before rescued
-    return dict(zip(LOSSES, [*counts, skipped - rescued]))
+    if not SKIPS:
+        SKIPS[:] = skipped - rescued, skipped
+    # What was skipped up to the last call and is not rescued by now: the second program runs right after the first.
+    counts.append(SKIPS[1] - SKIPS[0] - rescued)
+    SKIPS[1] = skipped
+    for what, count in zip(LOSSES.values(), counts):
+        if count > LOST.setdefault(what, 0):
+            say("%d %s" % (count - LOST[what], what))
+            LOST[what] = count
+    if in_all:
+        report(bpf)
+        for what, count in LOST.items():
+            if count:
+                say("in all %d %s" % (count, what))
 
 
+# ---- text ----
 @functools.lru_cache(maxsize=1024)
-def address(packed):
-    """Returns the text of 16 bytes, in which IPv4 is ::ffff:a.b.c.d."""
+def address(packed, netns):
+    """Returns the text of struct address, with the interface of a link-local one; its number, if in another netns."""
     if packed.startswith(bytes(10) + b"\xff\xff"):
-        return socket.inet_ntop(socket.AF_INET, packed[12:])
-    return socket.inet_ntop(socket.AF_INET6, packed)
+        return socket.inet_ntop(socket.AF_INET, packed[12:16])
+    text, scope = socket.inet_ntop(socket.AF_INET6, packed[:16]), int.from_bytes(packed[16:], sys.byteorder)
+    if not scope or packed[0] != 0xfe or packed[1] & 0xc0 != 0x80:
+        return text
+    with contextlib.suppress(OSError):          # the interface has gone
+        name = socket.if_indextoname(scope)
+        if netns == os.stat("/proc/self/ns/net").st_ino and re.fullmatch(r"[\w.-]+", name, re.A):
+            return "%s%%%s" % (text, name)
+    return "%s%%%d" % (text, scope)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -499,76 +709,89 @@ def owner_text(packed):
             '"pid":%d,"comm":%s%s' % (pid, json.dumps(text), comm_hex))
 
 
-def header(args):
-    names = ("TIME",) * args.time + ("TIME(s)",) * args.timestamp
-    return "" if args.json else args.form % (*names, "PID", "COMM", "IP", "RADDR", "RPORT", "LADDR", "LPORT")
+# ---- times ----
+def time_names(args):
+    return (("TIME",) if args.time else ()) + (("TIME(s)",) if args.timestamp else ())
 
 
-def line(args, record, start, wall):
-    """Returns one line. start: of the first accept, wall: offset of the kernel's clock from Unix time, both in ns."""
-    ts, owner, netns, laddr, raddr, lport, rport = record
-    pid, comm, members = owner_text(owner)
-    laddr, raddr = address(laddr), address(raddr)
-    ip = 6 if ":" in raddr else 4
-    if args.json:
-        return JSON % ((ts + wall) / 1e9, members, ip, laddr, lport, raddr, rport, netns)
-    row = (pid, comm, ip, raddr, rport, laddr, lport)
-    if args.timestamp:
-        row = ("%.3f" % (max(0, ts - start) / 1e9), *row)
-    if args.time:
-        row = (time.strftime("%H:%M:%S", time.localtime((ts + wall) // 10 ** 9)), *row)
-    return args.form % row
+def times(args, ts, start, wall):
+    """Returns the columns of -T and -t. ts, start: ns of the kernel's clock; wall: its offset from Unix time."""
+    columns = (time.strftime("%H:%M:%S", time.localtime((ts + wall) // 10 ** 9)),) if args.time else ()
+    return (*columns, "%.3f" % (max(0, ts - start) / 1e9)) if args.timestamp else columns
+
+
+# ---- output ----
+class Output(threading.Thread):
+    """Writes a text in a thread of its own, so that whoever does not read it holds up nothing else."""
+
+    def __init__(self, fd, text):
+        super().__init__(daemon=True)
+        self.fd = fd
+        self.rest = memoryview(text.encode())
+        self.error = None
+        self.start()
+
+    def run(self):
+        try:
+            while self.rest:
+                self.rest = self.rest[os.write(self.fd, self.rest[:select.PIPE_BUF]):]
+        except OSError as error:
+            self.error = error
+
+
+MESSAGES = []                   # the one that standard error has taken last, if it has, and those that it has not
+
+
+def say(message):
+    """Prints a message on standard error, unless nobody has read the one before. Then the next one says how many."""
+    if MESSAGES and MESSAGES[0].is_alive():
+        return MESSAGES.append(message)
+    text = "%s: %s\n" % (PROGRAM, message)
+    if len(MESSAGES) > 1:
+        text = "%s: %d messages missing here: standard error was full\n%s" % (PROGRAM, len(MESSAGES) - 1, text)
+    MESSAGES[:] = [Output(2, text)]
+    MESSAGES[0].join(0.2)
+
+
+def die(message):
+    say(message)
+    sys.exit(1)
 
 
 def write(text):
     """Prints all of it now. Returns True if the tool is to stop and nobody has read for a second."""
-    data = memoryview(text.encode())
-    while data:
-        if select.select([], [1], [], 1)[1]:
-            data = data[os.write(1, data[:select.PIPE_BUF]):]       # so much never blocks
-        elif signal.sigpending() & STOP_SIGNALS:
-            print("%s: the output was not read to its end" % PROGRAM, file=sys.stderr)
+    output = Output(1, text)
+    while output.is_alive():
+        left = len(output.rest)
+        output.join(1)
+        if output.is_alive() and len(output.rest) == left and signal.sigpending() & STOP_SIGNALS:
+            say("the output was not read to its end")
             return True
+    if output.error:
+        raise output.error
+    return False
 
 
-def report(lost, reported, form="%s: %d %s"):
-    """Prints the losses that have not been reported yet. Returns what has now been reported."""
-    for what, count in lost.items():
-        if count > reported.get(what, 0):
-            with contextlib.suppress(OSError):          # standard error has no reader
-                os.write(2, (form % (PROGRAM, count - reported.get(what, 0), what) + "\n").encode())
-    return lost
+def is_to_stop():
+    """Returns whether a signal has come, --duration has passed or the reader of the output has gone."""
+    output = select.poll()
+    output.register(1, 0)
+    return bool(signal.sigpending() & STOP_SIGNALS or output.poll(0))
 
 
-def trace(args, bpf):
-    """Prints accepts until a signal comes, the time is up or the reader of the output has gone."""
-    read, reader, start, reported, stop = open_events(bpf, RECORD), select.poll(), 0, {}, False
-    reader.register(1, 0)
-    signal.setitimer(signal.ITIMER_REAL, args.duration or 0)
-    write(header(args))
-    while not stop:
-        time.sleep(0.1)         # seconds that a line may be late
-        stop = signal.sigpending() & STOP_SIGNALS or reader.poll(0)
-        records = list(RECORD.iter_unpack(read()))
-        start = start or (records and records[0][0])
-        wall = time.time_ns() - time.monotonic_ns()     # every time, as the clock may have been set
-        stop = write("".join([line(args, record, start, wall) for record in records])) or stop
-        reported = report(losses(bpf), reported)
-    report(losses(bpf), {}, "%s: in all %d %s")
-
-
+# ---- main ----
 def main():
     try:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # for --help and --ebpf
         args = parse_args()
         if args.ebpf:
-            return print("/* %s */\n%s" % (" ".join(cflags(args)), c_text(args)))
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        trace(args, load(args))
-    except BrokenPipeError:
+            write("/* %s */\n%s" % (" ".join(cflags(args)), program(args)))
+        else:
+            trace(args)
+    except ConnectionError:     # the reader of the output has gone
         pass
     except OSError as error:
-        sys.exit("%s: cannot write the output: %s" % (PROGRAM, error.strerror))
+        if error.errno != errno.EIO or not stat.S_ISCHR(os.fstat(1).st_mode):           # a terminal that has gone
+            die("cannot write the output: %s" % error.strerror)
 
 
 if __name__ == "__main__":

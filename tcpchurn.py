@@ -4,37 +4,41 @@
 #           For Linux, uses bcc, eBPF.
 #
 # usage: tcpchurn [-h] [-c | --json | --prometheus FILE] [-p] [-w SECONDS [SECONDS ...]] [-i SECONDS] [-a]
-#                 [--netns NETNS] [--duration SECONDS] [--probes {tracepoint,kprobe}] [--ebpf] [--version] PID
+#                 [--no-kprobe] [--netns NETNS] [--duration SECONDS] [--ebpf] [--version] PID
 #
 # O counts connections that the process opened: accept() calls that returned one, and connect() attempts. C counts those
 # that ended on this side: the process sent its FIN (close, shutdown, exit), or the connection was torn down (reset,
 # timeout, abort), each once. So O - C under ALL is the growth in open connections since the start.
 #
-# Traces the sock:inet_sock_set_state tracepoint (tcp_set_state() before Linux 4.17), tcp:tcp_destroy_sock, accept() and
-# the exit of the process. The kernel side counts in buckets of time; no events are sent to user space.
+# Traces the tracepoints sock:inet_sock_set_state and tcp:tcp_destroy_sock, accept() and the exit of the process. The
+# kernel side counts in buckets of time; no events are sent to user space.
 #
 # CAVEATS: a window is exact to one bucket: 0.1 s, or a tenth of the smallest window if that is less. A connection that
 # the process hands to another remains its own.
 
+# ---- starting ----
 import signal
 
-STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGALRM}      # the last one for --duration
-if __name__ == "__main__":      # blocked from here on and polled in trace(): no signal interrupts an import or a line
+# But for those that nohup or trap "" ignores. SIGALRM is for --duration.
+STOP_SIGNALS = {number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+                if signal.getsignal(number) != signal.SIG_IGN} | {signal.SIGALRM}
+if __name__ == "__main__":      # blocked from here on and polled: no signal interrupts an import or a line
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 import argparse
-import bisect
 import contextlib
+import errno
 import fcntl
-import ipaddress
+import glob
 import json
-import math
 import mmap
 import os
 import re
 import select
+import stat
 import struct
 import sys
+import threading
 import time
 
 sys.dont_write_bytecode = True
@@ -43,6 +47,11 @@ try:
 except ImportError:
     def compiled(_types, compile_it):   # without it, an ordinary bcc program that needs kernel headers
         return compile_it()
+
+# ---- tcpchurn ----
+import bisect
+import ipaddress
+import math
 
 examples = """examples:
     ./tcpchurn 30800                # accepts and opens, and closes, of PID 30800
@@ -56,121 +65,33 @@ examples = """examples:
 """
 
 PROGRAM = "tcpchurn"
-KERNEL = tuple(int(n) for n in re.findall("[0-9]+", os.uname().release)[:2])
-KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "signal_struct", "files_struct", "fdtable", "file", "socket_alloc",
-                "mptcp_sock"]
+KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "pid", "pid_namespace", "signal_struct", "files_struct", "fdtable",
+                "file", "socket_alloc", "mptcp_sock"]
 WINDOWS = [1.0, 5.0, 10.0, 30.0, 60.0, 120.0, 240.0, 500.0, 1200.0]     # seconds
 BUCKET_SECONDS = 0.1            # at most
 MAX_BUCKETS = 1 << 19           # 14 hours of 0.1 s
 MAX_SOCKETS = 1 << 18           # live connections of the process
 INTERVAL = 0.1                  # seconds between checks of the process
-HARMLESS = b"_second", b"_destroy"              # skipping a program whose name ends like this loses nothing
-LOSSES = ["closes lost: the map of live connections was full",
-          "state changes or accepts lost: the kernel did not run the probe"]
+# Names in the C text, where they are numbers in this order, and what is printed.
+LOSSES = {"LOST_SOCKET": "closes lost: the map of live connections was full",
+          "SKIPPED": "state changes or accepts lost: the kernel did not run the probe"}
+COUNTS = "ACCEPTED", "CONNECTED", "CLOSED"
 PRIVATE = ["0.0.0.0/8", "10.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16",
            "::/127", "fc00::/7", "fe80::/10"]
 
 bpf_text = r"""
-#include <linux/fdtable.h>
-#include <linux/fs.h>
 #include <linux/sched/signal.h>
-#include <linux/tcp.h>
-#include <net/sock.h>
-
-#define IS_IPV4(address) (!(address)[0] && !(address)[1] && (address)[2] == htonl(0xffff))
-
-/* A member of a kernel object. */
-#define READ(p, member) ({                                                  \
-    typeof((p)->member) value;                                              \
-    bpf_probe_read_kernel(&value, sizeof(value), &(p)->member);             \
-    value;                                                                  \
-})
-
-enum { ACCEPTED, CONNECTED, CLOSED, COUNTERS };
-enum { LOST_SOCKET, RESCUED, LOST_COUNTERS };           /* as LOSSES above */
 
 /* What had been counted when a bucket of time got its first event, so that no bucket ever has to be cleared. */
 struct bucket {                 /* as BUCKET below */
     u64 number;                 /* bpf_ktime_get_ns() / BUCKET_NS */
-    u64 count[COUNTERS];
+    u64 count[3];               /* COUNTS */
 };
 
-BPF_F_TABLE("array", int, struct bucket, buckets, BUCKETS + 1, BUCKETS_FLAGS);      /* the last one: counted so far */
+BPF_F_TABLE("array", int, struct bucket, buckets, BUCKETS + 1, 1 << 10 /* BPF_F_MMAPABLE */);   /* last: so far */
 BPF_HASH(owned, struct sock *, u8, MAX_SOCKETS);        /* opened by the process since the start, and open */
 BPF_HASH(existing, u64, u8, MAX_SOCKETS);               /* inodes of its sockets from before the start */
 BPF_ARRAY(ended, u8, 1);                                /* whether the process has ended */
-BPF_ARRAY(lost, u64, LOST_COUNTERS);
-
-static inline void count_lost(int what)
-{
-    u64 *n = lost.lookup(&what);
-
-    if (n)
-        __sync_fetch_and_add(n, 1);
-}
-
-/*
- * The kernel skips a program that is already running on this CPU (since 6.1): it would miss the events of a softirq
- * that interrupts it and, since 7.0, those of a process that preempts it. So a tracepoint has a second program, which
- * handles what the first was skipped for. What the first has handled is marked until the second has run.
- */
-#if PREEMPTIBLE
-BPF_TABLE("lru_hash", u64, u8, marks, 1 << 14);         /* not per CPU: a preempted process may move to another one */
-
-static inline bool is_mine(void *ctx, u64 event, bool first)
-{
-    u8 one = 1;
-
-    if (first)
-        marks.update(&event, &one);
-    else if (!marks.delete(&event))
-        return false;
-    else
-        count_lost(RESCUED);
-    return true;
-}
-#else
-struct marks {
-    u64 event[2048];
-};
-BPF_PERCPU_ARRAY(marks, struct marks, 1);
-
-static inline bool is_mine(void *ctx, u64 event, bool first)
-{
-    int zero = 0;
-    struct marks *m = marks.lookup(&zero);
-    u64 *mark;
-
-    if (!m)
-        return false;           /* never */
-    /* By event and depth of the stack, where ctx is: a softirq is deeper than the process, or has its own stack. */
-    mark = &m->event[((u64)(ctx - (void *)m) ^ event) * 0x9e3779b97f4a7c15 >> 53];
-    if (first) {
-        *mark = event;
-    } else if (*mark == event) {
-        *mark = 0;
-        return false;
-    } else {
-        count_lost(RESCUED);
-    }
-    return true;
-}
-#endif
-
-static inline u32 netns_of(struct sock *sk)
-{
-    return READ(READ(sk, __sk_common.skc_net.net), ns.inum);
-}
-
-/* MPTCP's own sockets and SCTP's report their states here too; MPTCP's subflows are TCP. */
-static inline u16 protocol_of(struct sock *sk)
-{
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(5, 6, 0)       /* a bit field before, and no MPTCP */
-    return READ(sk, sk_protocol);
-#else
-    return IPPROTO_TCP;
-#endif
-}
 
 static inline void count(int what)
 {
@@ -187,42 +108,23 @@ static inline void count(int what)
     __sync_fetch_and_add(&so_far->count[what], 1);
 }
 
-static inline u32 current_pid(void)
-{
-#if PIDNS
-    struct bpf_pidns_info ns = {};
-
-    bpf_get_ns_current_pid_tgid(PIDNS_DEV, PIDNS, &ns, sizeof(ns));
-    return ns.tgid;             /* 0 for a process of another namespace */
-#else
-    return bpf_get_current_pid_tgid() >> 32;
-#endif
-}
-
 static inline bool is_of_process(void)
 {
-    int zero = 0;
-    u8 *has_ended = ended.lookup(&zero);
+    struct owner owner = {};
 
-    return current_pid() == FILTER_PID && has_ended && !*has_ended;
+    set_owner(&owner);
+    return IS_WANTED_OWNER(&owner);
 }
 
 /* Whether the other end is one to be counted. */
 static inline bool is_wanted(struct sock *sk)
 {
-    u32 address[4] = {0, 0, htonl(0xffff), READ(sk, __sk_common.skc_daddr)};
+    struct endpoints e;
 
-    if (READ(sk, __sk_common.skc_family) == AF_INET6)
-        bpf_probe_read_kernel(address, sizeof(address), &sk->__sk_common.skc_v6_daddr);
-    return (!IGNORE_PRIVATE || !IS_PRIVATE(address)) && (!FILTER_NETNS || netns_of(sk) == FILTER_NETNS);
-}
-
-/* The inode that user space sees of this socket; 0 before accept() and after close(). */
-static inline u64 inode_of(struct sock *sk)
-{
-    struct socket *socket = READ(sk, sk_socket);
-
-    return socket ? READ((struct socket_alloc *)socket, vfs_inode.i_ino) : 0;
+    if (!FILTERS)
+        return true;
+    read_endpoints(&e, sk);
+    return IS_WANTED_PEER(&e);
 }
 
 static inline bool is_open(u8 state)
@@ -243,13 +145,13 @@ static inline void closed(struct sock *sk, int oldstate)
 
 static inline void opened(struct sock *sk, int how)
 {
-    u8 one = 1;
-    int err;
+    int err, zero = 0;
+    u8 one = 1, *has_ended = ended.lookup(&zero);
 
-    if (!is_of_process() || protocol_of(sk) != IPPROTO_TCP || !is_wanted(sk))
+    if (!has_ended || *has_ended || !is_of_process() || !is_wanted(sk))
         return;
     err = owned.insert(&sk, &one);
-    if (err == -EEXIST)         /* another thread put this socket behind the descriptor: it is counted already */
+    if (err == -EEXIST)         /* counted already: another thread has put this socket behind the descriptor */
         return;
     if (err)
         count_lost(LOST_SOCKET);
@@ -258,14 +160,13 @@ static inline void opened(struct sock *sk, int how)
         closed(sk, TCP_CLOSE);
 }
 
-static inline void accepted(void *ctx, struct sock *sk)
+/* is_sure: not by a descriptor, behind which another thread may have put an older socket meanwhile */
+static inline void accepted(struct sock *sk, bool is_sure)
 {
-#ifdef BTF_HAS_mptcp_sock
-    /* accept() returns MPTCP's own socket; the connection is its first subflow. */
-    if (protocol_of(sk) == IPPROTO_MPTCP)
-        sk = READ((struct mptcp_sock *)sk, first);
-#endif
-    opened(sk, ACCEPTED);
+    u64 inode = sk && !is_sure ? inode_of(sk) : 0;
+
+    if (sk && !existing.lookup(&inode))
+        opened(sk, ACCEPTED);
 }
 
 static inline void state_change(void *ctx, struct sock *sk, int oldstate, int newstate)
@@ -273,37 +174,15 @@ static inline void state_change(void *ctx, struct sock *sk, int oldstate, int ne
     /* For new sockets, too: if one is known, the end of an older one at this address was not seen. */
     if ((oldstate == TCP_CLOSE || oldstate == TCP_LISTEN || !is_open(newstate)) && newstate != TCP_LISTEN)
         closed(sk, oldstate);
-    if (newstate == TCP_SYN_SENT)
+    if (newstate == TCP_SYN_SENT && READ(sk, sk_protocol) == IPPROTO_TCP)
         opened(sk, CONNECTED);
 }
 
-#if KPROBES
-int kprobe_set_state(struct pt_regs *ctx, struct sock *sk, int newstate)
+/* Counts what was accepted while its last state change was under way on another CPU, or was skipped. */
+static inline void destroyed(struct sock *sk)
 {
-    state_change(ctx, sk, READ(sk, __sk_common.skc_state), newstate);
-    return 0;
+    closed(sk, TCP_CLOSE);
 }
-
-int kprobe_destroy(struct pt_regs *ctx, struct sock *sk) { closed(sk, TCP_CLOSE); return 0; }
-#else
-static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
-{
-    /* An event is a socket and its new state, which goes into the top byte of the address, always 0xff. */
-    if (is_mine(ctx, ctx->args[0] ^ ctx->args[2] << 56, first))
-        state_change(ctx, (struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
-    return 0;
-}
-
-int tracepoint_set_state_first(struct bpf_raw_tracepoint_args *ctx) { return set_state(ctx, true); }
-int tracepoint_set_state_second(struct bpf_raw_tracepoint_args *ctx) { return set_state(ctx, false); }
-
-/* For what was accepted while its last state change was under way on another CPU. */
-int tracepoint_destroy(struct bpf_raw_tracepoint_args *ctx)
-{
-    closed((struct sock *)ctx->args[0], TCP_CLOSE);
-    return 0;
-}
-#endif
 
 /* At the exit of each thread. A later process with this PID is another one. */
 int exited(void *ctx)
@@ -312,105 +191,37 @@ int exited(void *ctx)
     int zero = 0;
     u8 one = 1;
 
-    if (current_pid() == FILTER_PID && !READ(READ(task, signal), live.counter))
+    if (is_of_process() && !READ(READ(task, signal), live.counter))
         ended.update(&zero, &one);
     return 0;
 }
-
-/* security_sock_graft() is called in accept() with the new socket, by io_uring too. */
-int kprobe_accept(struct pt_regs *ctx, struct sock *sk) { accepted(ctx, sk); return 0; }
-
-struct syscall_exit {
-    u64 common;
-    long nr, ret;
-};
-
-/* The socket behind a descriptor of the current process; NULL if it is already closed, or no longer a socket. */
-static inline struct sock *socket_of(long fd)
-{
-    struct task_struct *task = (struct task_struct *)bpf_get_current_task();
-    struct file **files, *file = NULL;
-    struct socket *socket;
-
-    if (fd < 0)
-        return NULL;
-    files = READ(READ(READ(task, files), fdt), fd);
-    bpf_probe_read_kernel(&file, sizeof(file), &files[fd]);
-    socket = READ(file, private_data);
-    return file && READ(socket, file) == file ? READ(socket, sk) : NULL;
-}
-
-static inline int accept_returned(struct syscall_exit *ctx, bool first)
-{
-    struct sock *sk = is_mine(ctx, bpf_get_current_pid_tgid(), first) ? socket_of(ctx->ret) : NULL;
-
-    if (sk)
-        accepted(ctx, sk);
-    return 0;
-}
-
-int tracepoint_accept_first(struct syscall_exit *ctx) { return accept_returned(ctx, true); }
-int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(ctx, false); }
 """
 
 BUCKET = struct.Struct("=4Q")
-
-
-def number(low, high, kind=int):
-    """Returns a converter for argparse: a number from low to high in plain digits, as an int or a float."""
-    def number(text):
-        if not re.fullmatch(r"\d+" if kind is int else r"\d*\.?\d+", text, re.A) or not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError("not a number from %s to %s: %r" % (low, high, text))
-        return kind(text)
-    return number
-
-
-def process(text):
-    """Returns a process ID. The process need not exist yet, but a thread is refused."""
-    pid = number(1, 1 << 22)(text)
-    with contextlib.suppress(OSError), open("/proc/%d/status" % pid, "rb") as status:
-        leader = int(status.read().split(b"\nTgid:")[1].split()[0])
-        if leader != pid:
-            raise argparse.ArgumentTypeError("%d is a thread of process %d" % (pid, leader))
-    return pid
-
-
-def netns(text):
-    """Returns the inode number of a network namespace, given as such, as a path or as a name from `ip netns list`."""
-    if text.isdecimal():
-        return number(1, 0xffffffff)(text)
-    path = text if "/" in text else "/run/netns/" + text
-    with contextlib.suppress(OSError), open(path, opener=lambda name, how: os.open(name, how | os.O_NONBLOCK)) as file:
-        if fcntl.ioctl(file, 0xb703) == 0x40000000:         # NS_GET_NSTYPE, CLONE_NEWNET
-            return os.fstat(file.fileno()).st_ino
-    raise argparse.ArgumentTypeError("not a network namespace: %r" % text)
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         PROGRAM, description="Count the TCP accepts, opens and closes of a process over sliding time windows",
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)
-    form, add, seconds = parser.add_mutually_exclusive_group(), parser.add_argument, number(0.001, 1e9, float)
+    add = parser.add_argument
+    seconds = number(0.001, 1e9, float)
     add("pid", metavar="PID", nargs="?", help="the process")
-    form.add_argument("-c", "--clear", action="store_true", help="clear the screen before each update")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("-c", "--clear", action="store_true", help="clear the screen before each update")
+    output.add_argument("--json", action="store_true", help="print one JSON object per update")
+    output.add_argument("--prometheus", metavar="FILE",
+        help="write the counts since the start to FILE, for node-exporter's textfile collector, and print nothing")
     add("-p", "--ignore-private", action="store_true", help="leave out connections with private addresses")
     add("-w", "--windows", metavar="SECONDS", nargs="+", action="extend",
         help="time windows, in seconds (default: %s)" % ",".join("%g" % window for window in WINDOWS))
     add("-i", "--interval", metavar="SECONDS", type=seconds, default=1.0, help="time between two updates (default: 1)")
     add("-a", "--accepts", action="store_true", help="count accepts (A) and opens (O) separately")
-    form.add_argument("--json", action="store_true", help="print one JSON object per update")
-    form.add_argument("--prometheus", metavar="FILE",
-        help="write the counts since the start to FILE, for node-exporter's textfile collector, and print nothing")
-    add("--netns", type=netns, help="count in this network namespace only: inode number, path or name")
-    add("--duration", metavar="SECONDS", type=seconds, help="exit after this many seconds")
-    add("--probes", choices=("tracepoint", "kprobe"),
-        help="use this kind of probe only (default: tracepoints, and for accept() a kprobe where there are any)")
-    add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
-    add("--version", action="version", version="%(prog)s 1.0")
-    parser.print_help = lambda: write(parser.format_help())     # argparse's own would fail only at exit
+    add("--no-kprobe", action="store_true", help="trace accept() at the exit of the system call, kprobes or not")
+    add_common(parser)
+    parser.color = False        # else the usage has escape sequences in it, since Python 3.14
     parser.usage = parser.format_usage()[len("usage: "):].replace("[PID]", "PID")      # optional for the parser only
     args = parser.parse_args(argv)
-    args.kprobes = args.probes == "kprobe" or KERNEL < (4, 17)
     if args.pid is None and args.windows and len(args.windows) > 1:
         args.pid = args.windows.pop()           # -w 1 5 10 PID
     if args.pid is None:
@@ -438,101 +249,27 @@ def buckets(args):
     return math.ceil(args.windows[0] * 1e9 / bucket_ns(args)) + 2
 
 
-def address_condition(networks):
-    """Returns a C expression that is true for an address (4 words as sent) in these networks, or for all if none."""
-    conditions = []
-    for network in networks or []:
-        if network.version == 4:
-            network = ipaddress.ip_network("::ffff:%s/%d" % (network.network_address, 96 + network.prefixlen))
-        words = zip(struct.unpack("=4I", network.network_address.packed), struct.unpack("=4I", network.netmask.packed))
-        parts = ["((address)[%d] & %du) == %du" % (n, mask, value) for n, (value, mask) in enumerate(words) if mask]
-        if network.prefixlen < 96:              # IPv6, but not IPv4 in the form of IPv6
-            parts.append("!IS_IPV4(address)")
-        conditions.append("(%s)" % " && ".join(parts))
-    return " || ".join(conditions) or "true"
-
-
-def pid_namespace():
-    """Returns macros for the PID namespace in which the tool runs: 0 for the initial one."""
-    namespace = os.stat("/proc/self/ns/pid")
-    is_initial = namespace.st_ino == 0xeffffffc         # PROC_PID_INIT_INO, include/linux/proc_ns.h
-    if KERNEL < (5, 7) and not is_initial:
-        print("%s: before Linux 5.7 the PIDs are the host's, not this PID namespace's" % PROGRAM, file=sys.stderr)
-    return {"PIDNS": 0 if is_initial or KERNEL < (5, 7) else namespace.st_ino, "PIDNS_DEV": os.minor(namespace.st_dev)}
-
-
 def cflags(args):
     """Returns the arguments as macros for the C text. Only numbers get into it."""
-    macros = {
-        **pid_namespace(),
-        "PREEMPTIBLE": int(KERNEL >= (7, 0)),
-        "KPROBES": int(args.kprobes),
-        "BUCKETS": buckets(args),
-        "BUCKETS_FLAGS": 1024 if KERNEL >= (5, 5) else 0,       # BPF_F_MMAPABLE
-        "BUCKET_NS": "%dull" % bucket_ns(args),
-        "MAX_SOCKETS": MAX_SOCKETS,
-        "FILTER_PID": args.pid,
-        "FILTER_NETNS": args.netns or 0,
-        "IGNORE_PRIVATE": int(args.ignore_private),
-        "IS_PRIVATE(address)": address_condition(map(ipaddress.ip_network, PRIVATE)),
-    }
-    return ["-g0"] + ["-D%s=(%s)" % item for item in macros.items()]    # no debug information: starts 10 % faster
+    private = address_condition("(e)->raddr", [(ipaddress.ip_network(network), 0) for network in PRIVATE])
+    return flags({
+        **filters(args, "!(%s)" % private if args.ignore_private else "true"),
+        "MAX_SOCKETS": MAX_SOCKETS, "BUCKETS": buckets(args), "BUCKET_NS": "%dull" % bucket_ns(args),
+    }, LOSSES, COUNTS)
 
 
-def attach_accept(bpf, args):
-    """Attaches to security_sock_graft(), or else to the exits of the system calls."""
-    if args.probes != "tracepoint":
-        try:
-            return bpf.attach_kprobe(event="security_sock_graft", fn_name="kprobe_accept")
-        except Exception:       # no kprobes, or no CONFIG_SECURITY_NETWORK
-            if args.probes == "kprobe":
-                raise
-    for fn_name in ["tracepoint_accept_first"] + ["tracepoint_accept_second"] * (KERNEL >= (7, 0)):
-        bpf.attach_tracepoint(tp="syscalls:sys_exit_accept4", fn_name=fn_name)
-        bpf.attach_tracepoint(tp="syscalls:sys_exit_accept", fn_name=fn_name)
+def program(_args):
+    return shared_text + bpf_text + probes_text
 
 
 def attach(bcc, args):
     """Returns the BPF object, compiled, loaded and attached."""
-    bpf = bcc.BPF(text=bpf_text, cflags=cflags(args))
-    if args.kprobes:
-        bpf.attach_kprobe(event="tcp_set_state", fn_name="kprobe_set_state")
-        bpf.attach_kprobe(event="tcp_v4_destroy_sock", fn_name="kprobe_destroy")
-        with contextlib.suppress(Exception):    # no CONFIG_TASKSTATS: only /proc shows it
-            bpf.attach_kprobe(event="taskstats_exit", fn_name="exited")
-    else:
-        bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name="tracepoint_set_state_first")
-        bpf.raw_tracepoint_fds.clear()          # bcc refuses a second program on a raw tracepoint it knows of
-        bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name="tracepoint_set_state_second")
-        bpf.attach_raw_tracepoint(tp="tcp_destroy_sock", fn_name="tracepoint_destroy")
-        bpf.attach_raw_tracepoint(tp="sched_process_exit", fn_name="exited")
+    bpf = bcc.BPF(text=program(args), cflags=cflags(args))
+    attach_state_changes(bpf)
+    bpf.attach_raw_tracepoint(tp="tcp_destroy_sock", fn_name="tracepoint_destroy")
+    bpf.attach_raw_tracepoint(tp="sched_process_exit", fn_name="exited")
     attach_accept(bpf, args)
     return bpf
-
-
-def load(args):
-    """Returns what attach() returns, or exits with one line that says what to do."""
-    if sys.stdout is None or sys.stderr is None:        # else a BPF map would become descriptor 1 or 2
-        sys.exit("%s: standard output or standard error is closed" % PROGRAM)
-    try:
-        import bcc
-        return compiled(KERNEL_TYPES, lambda: attach(bcc, args))
-    except ImportError as error:
-        sys.exit("%s: %s: %s has no bcc: install python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora)"
-                 % (PROGRAM, error, sys.executable))
-    except Exception as error:
-        sys.exit("%s: cannot trace: %s" % (PROGRAM, error))
-
-
-def losses(bpf):
-    """Returns {what was lost: how often since the start}."""
-    skipped = 0                 # how often a program was not run because it was running already (since Linux 5.12)
-    for name, function in bpf.funcs.items():
-        if not name.endswith(HARMLESS):
-            with open("/proc/self/fdinfo/%d" % function.fd) as info:
-                skipped += sum(int(n) for n in re.findall(r"recursion_misses:\s*(\d+)", info.read()))
-    *counts, rescued = (count.value for count in bpf["lost"].values())      # read last: skipped comes before rescued
-    return dict(zip(LOSSES, [*counts, skipped - rescued]))
 
 
 def birth_of(pid):
@@ -547,28 +284,14 @@ def birth_of(pid):
     return None if has_ended else int(fields[19])
 
 
-def socket_inodes(pid):
-    """Returns the inode numbers of the sockets that the process holds, of any kind."""
-    inodes = set()
-    with contextlib.suppress(OSError):
-        for task in os.listdir("/proc/%s/task" % pid):          # a first thread that has ended shows no descriptors
-            for fd in os.scandir("/proc/%s/task/%s/fd" % (pid, task)):
-                with contextlib.suppress(OSError):
-                    target = os.readlink(fd.path)
-                    if target.startswith("socket:["):
-                        inodes.add(int(target[8:-1]))
-            if inodes:
-                break           # the other threads have the same descriptors
-    return inodes
-
-
 def learn_existing(args, bpf):
     """Passes the sockets that the process already has to the kernel side."""
-    table, unknown = bpf["existing"], 0
+    table = bpf["existing"]
+    unknown = 0
     try:
         os.listdir("/proc/%d/fd" % args.pid)
     except PermissionError:
-        print("%s: sockets from before the start not known: needs CAP_SYS_PTRACE" % PROGRAM, file=sys.stderr)
+        say("sockets from before the start not known: needs CAP_SYS_PTRACE")
     except OSError:             # the process has ended: trace() reports that
         pass
     for inode in socket_inodes(args.pid):
@@ -576,7 +299,8 @@ def learn_existing(args, bpf):
             table[table.Key(inode)] = table.Leaf(1)
         except Exception:       # the map is full
             unknown += 1
-    report({"sockets from before the start not known: the map was full": unknown}, {})
+    if unknown:
+        say("%d sockets from before the start not known: the map was full" % unknown)
 
 
 class Windows:
@@ -586,12 +310,11 @@ class Windows:
         self.size, self.width = buckets(args), bucket_ns(args)
         self.spans = [math.ceil(window * 1e9 / self.width) for window in args.windows]
         self.history = []       # the buckets that had events, the oldest first
-        if KERNEL >= (5, 5):
-            memory = mmap.mmap(bpf["buckets"].map_fd, (self.size + 1) * BUCKET.size, prot=mmap.PROT_READ)
-            self.bucket = lambda slot: BUCKET.unpack_from(memory, slot * BUCKET.size)
-        else:
-            self.bucket = lambda slot: BUCKET.unpack(bytes(bpf["buckets"][slot]))
+        self.memory = mmap.mmap(bpf["buckets"].map_fd, (self.size + 1) * BUCKET.size, prot=mmap.PROT_READ)
         self.next = 0           # number of the bucket to look at next
+
+    def bucket(self, slot):
+        return BUCKET.unpack_from(self.memory, slot * BUCKET.size)
 
     def read(self):
         """Returns what was counted, as (accepted, connected, closed), in each of the windows, and in all."""
@@ -660,70 +383,544 @@ def publish(path, labels, start, totals, lost):
     os.replace(new, path)                       # so that a reader never sees half a file
 
 
+def trace(args):
+    """Prints updates until a signal comes, the time is up, or the process or the reader of the output has gone."""
+    birth = birth_of(args.pid)
+    if birth is None:
+        die("no such process: %d" % args.pid)
+    bpf = load(args)
+    learn_existing(args, bpf)
+    windows = Windows(args, bpf)
+    labels = labels_of(args.pid)
+    start = time.time()
+    due = time.monotonic() + (0 if args.prometheus else args.interval)
+    stop = gone = False
+    try:
+        while not stop:
+            time.sleep(max(0, min(INTERVAL, due - time.monotonic())))
+            gone = birth_of(args.pid) != birth
+            stop = gone or is_to_stop()
+            if stop or time.monotonic() >= due:
+                due = max(due + args.interval, time.monotonic())
+                report(bpf)
+                if args.prometheus:
+                    publish(args.prometheus, labels, start, windows.read()[1], LOST)
+                else:
+                    stop = write(render(args, *windows.read())) or stop
+    finally:
+        if args.prometheus:
+            with contextlib.suppress(OSError):
+                os.unlink(args.prometheus)
+    if gone:
+        say("process %d has ended" % args.pid)
+    report(bpf, in_all=True)
+
+
+# -------- Shared from here on: a part has the same text in every tool that has it, to the letter (make same) --------
+
+shared_text = r"""
+/* ---- members ---- */
+#include <linux/errqueue.h>
+#include <linux/fdtable.h>
+#include <linux/net.h>
+#include <linux/pid_namespace.h>
+#include <linux/tcp.h>
+#include <net/sock.h>
+
+/* A member of a kernel object. */
+#define READ(p, member) ({                                                  \
+    typeof((p)->member) value;                                              \
+    bpf_probe_read_kernel(&value, sizeof(value), &(p)->member);             \
+    value;                                                                  \
+})
+
+/* ---- losses ---- */
+BPF_ARRAY(lost, u64, STARTED + 1);
+
+static inline void count_lost(int what)
+{
+    u64 *n = lost.lookup(&what);
+
+    if (n)
+        __sync_fetch_and_add(n, 1);
+}
+
+/* ---- marks ---- */
+/*
+ * The kernel skips a program that is already running on this CPU (since 6.1): it would miss the events of a softirq
+ * that interrupts it and, since 7.0, those of a process that preempts it. So a second program runs right after the
+ * first one, for the same event. If the first has left a mark, it did the work; if not, it was skipped.
+ *
+ * A mark belongs to the place of ctx on the kernel stack. That is the same for both programs, and another one for all
+ * else that runs or waits at that time. Where the mark of a place is taken by another one, the second does the work.
+ */
+struct mark {
+    u64 place, event;           /* event: 0 if the mark is free */
+};
+
+#if PREEMPTIBLE                 /* between the two, the process may lose its CPU and go on on another one */
+BPF_HASH(marks, u32, struct mark, MAX_MARKS);
+#else
+BPF_PERCPU_ARRAY(marks, struct mark, MAX_MARKS);
+#endif
+
+static inline bool is_mine(void *ctx, u64 event, bool first)
+{
+    int started = STARTED;
+    u64 *has_started = lost.lookup(&started);
+    u64 place = ctx - (void *)has_started;      /* a number: the verifier does not let ctx itself be stored */
+    u32 key = place * 0x9e3779b97f4a7c15 >> 32;
+    struct mark *mark, new = {};
+
+    if (!has_started || !*has_started)          /* the other program may not be attached yet */
+        return false;
+    if (!PREEMPTIBLE)
+        key %= MAX_MARKS;
+    else if (first && !marks.lookup(&key))
+        marks.update(&key, &new);
+    mark = marks.lookup(&key);
+    if (first) {
+        if (!mark || (mark->event && mark->place != place)) {
+            count_lost(SKIPPED);
+            return false;
+        }
+        mark->place = place;
+        mark->event = event;
+        return true;
+    }
+    if (mark && mark->place == place && mark->event == event) {
+        mark->event = 0;
+        return false;
+    }
+    count_lost(RESCUED);
+    return true;
+}
+
+/* ---- owners ---- */
+struct owner {
+    u32 pid;                    /* 0: not known */
+    char comm[TASK_COMM_LEN];
+};
+
+/* The process ID that /proc shows where the tool runs; 0 for a process outside of that PID namespace. */
+static inline u32 pid_of(struct task_struct *task)
+{
+#if PIDNS
+    struct pid *pid = READ(READ(task, group_leader), thread_pid);
+    u32 level, levels = READ(pid, level);
+    struct upid number;
+
+    for (level = 0; level <= levels && level <= 32; level++) {          /* MAX_PID_NS_LEVEL */
+        bpf_probe_read_kernel(&number, sizeof(number), &pid->numbers[level]);
+        if (READ(number.ns, ns.inum) == PIDNS)
+            return number.nr;
+    }
+    return 0;
+#else
+    return bpf_get_current_pid_tgid() >> 32;
+#endif
+}
+
+/* To be called only where the current process is the one that uses the socket. */
+static inline void set_owner(struct owner *o)
+{
+    struct task_struct *task = (struct task_struct *)bpf_get_current_task();
+    u32 flags = READ(task, flags);
+
+    if (flags & PF_KTHREAD)     /* closes for others: MPTCP's worker, io_uring's, the collector of Unix sockets */
+        return;
+    o->pid = pid_of(task);
+    if (flags & PF_IO_WORKER)   /* a thread of the process that io_uring has named iou-wrk-PID */
+        bpf_probe_read_kernel(&o->comm, sizeof(o->comm), &READ(task, group_leader)->comm);
+    else
+        bpf_get_current_comm(&o->comm, sizeof(o->comm));
+}
+
+/* ---- endpoints ---- */
+struct address {
+    u32 word[4];                /* as sent; IPv4 as ::ffff:a.b.c.d */
+    u32 scope;                  /* the interface that the socket is bound to */
+};
+
+struct endpoints {
+    struct address laddr, raddr;
+    u16 lport, rport;
+    u32 netns;
+};
+
+#define IS_IPV4(address) (!(address).word[0] && !(address).word[1] && (address).word[2] == htonl(0xffff))
+
+static inline void read_endpoints(struct endpoints *e, struct sock *sk)
+{
+    struct sock_common c;
+
+    bpf_probe_read_kernel(&c, sizeof(c), &sk->__sk_common);
+    __builtin_memset(e, 0, sizeof(*e));
+    e->netns = READ(c.skc_net.net, ns.inum);
+    if (c.skc_family == AF_INET) {
+        e->laddr.word[2] = e->raddr.word[2] = htonl(0xffff);
+        e->laddr.word[3] = c.skc_rcv_saddr;
+        e->raddr.word[3] = c.skc_daddr;
+    } else {
+        __builtin_memcpy(e->laddr.word, &c.skc_v6_rcv_saddr, sizeof(e->laddr.word));
+        __builtin_memcpy(e->raddr.word, &c.skc_v6_daddr, sizeof(e->raddr.word));
+        e->laddr.scope = e->raddr.scope = c.skc_bound_dev_if;
+    }
+    /* skc_num is 0 once the socket has left the port's hash table, which is before CLOSE. inet_sport stays. */
+    e->lport = ntohs(READ((struct inet_sock *)sk, inet_sport));
+    e->rport = ntohs(c.skc_dport);
+}
+
+/* ---- inodes ---- */
+/* The inode that user space sees of this socket; 0 before accept() and after close(). */
+static inline u64 inode_of(struct sock *sk)
+{
+    struct socket *socket = READ(sk, sk_socket);
+
+    return socket ? READ((struct socket_alloc *)socket, vfs_inode.i_ino) : 0;
+}
+
+/* ---- accepted sockets ---- */
+/* What accept() returned, if it is TCP, else NULL. Of MPTCP it is the first subflow, unless that has ended. */
+static inline struct sock *tcp_of(struct sock *sk)
+{
+    u16 protocol = READ(sk, sk_protocol);
+
+#ifdef BTF_HAS_mptcp_sock
+    if (protocol == IPPROTO_MPTCP)
+        return READ((struct mptcp_sock *)sk, first) ?: sk;
+#endif
+    return protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP ? sk : NULL;
+}
+
+/* The socket behind a descriptor of the current process; NULL if it is already closed, or no longer a socket. */
+static inline struct sock *socket_of(long fd)
+{
+    struct task_struct *task = (struct task_struct *)bpf_get_current_task();
+    struct file **files, *file = NULL;
+    struct socket *socket;
+
+    files = READ(READ(READ(task, files), fdt), fd);
+    bpf_probe_read_kernel(&file, sizeof(file), &files[fd]);
+    socket = READ(file, private_data);
+    return file && READ(socket, file) == file ? READ(socket, sk) : NULL;
+}
+
+struct syscall_exit {
+    u64 common;
+    long nr, ret;
+};
+
+"""
+
+probes_text = r"""
+/* ---- state changes ---- */
+static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
+{
+    /* An event is a socket and its new state, which goes into the top byte of the address: the same for all sockets. */
+    if (!TWO_PROGRAMS || is_mine(ctx, ctx->args[0] ^ ctx->args[2] << 56, first))
+        state_change(ctx, (struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
+    return 0;
+}
+
+int tracepoint_set_state_first(struct bpf_raw_tracepoint_args *ctx) { return set_state(ctx, true); }
+int tracepoint_set_state_second(struct bpf_raw_tracepoint_args *ctx) { return set_state(ctx, false); }
+int tracepoint_destroy(struct bpf_raw_tracepoint_args *ctx) { destroyed((struct sock *)ctx->args[0]); return 0; }
+
+/* ---- accept() ---- */
+/* security_sock_graft() is called in accept() with the new socket, by io_uring too. */
+int kprobe_accept(struct pt_regs *ctx, struct sock *sk) { accepted(tcp_of(sk), true); return 0; }
+
+static inline int accept_returned(struct syscall_exit *ctx, bool first)
+{
+    if (ctx->ret >= 0 && (!PREEMPTIBLE || is_mine(ctx, bpf_get_current_pid_tgid(), first)))
+        accepted(tcp_of(socket_of(ctx->ret)), false);
+    return 0;
+}
+
+int tracepoint_accept_first(struct syscall_exit *ctx) { return accept_returned(ctx, true); }
+int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(ctx, false); }
+
+"""
+
+# ---- arguments ----
+def number(low, high, kind=int):
+    """Returns a converter for argparse: a number from low to high in plain digits, as an int or a float."""
+    def number_from(text):
+        if not re.fullmatch(r"\d+" if kind is int else r"\d*\.?\d+", text, re.A) or not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError("not a number from %s to %s: %r" % (low, high, text))
+        return kind(text)
+    return number_from
+
+
+def ports(text):
+    return [number(1, 65535)(port) for port in text.split(",")]
+
+
+def process(text):
+    """Returns a process ID. The process need not exist yet, but a thread is refused."""
+    pid = number(1, 1 << 22)(text)
+    with contextlib.suppress(OSError), open("/proc/%d/status" % pid, "rb") as status:
+        leader = int(status.read().split(b"\nTgid:")[1].split()[0])
+        if leader != pid:
+            raise argparse.ArgumentTypeError("%d is a thread of process %d" % (pid, leader))
+    return pid
+
+
+def netns(text):
+    """Returns the inode number of a network namespace, given as such, as a path or as a name from `ip netns list`."""
+    path = text if "/" in text else "/run/netns/" + text
+    if text.isdecimal() and not os.path.exists(path):
+        try:
+            path = netns_path(number(1, 0xffffffff)(text))
+        except PermissionError:         # not root: whether there is one cannot be known
+            return int(text)
+    with contextlib.suppress(OSError):
+        namespace = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        if fcntl.ioctl(namespace, 0xb703) == 0x40000000:    # NS_GET_NSTYPE, CLONE_NEWNET
+            return os.fstat(namespace).st_ino               # left open: nobody else gets this number
+    raise argparse.ArgumentTypeError("not a network namespace: %r" % text)
+
+
+def netns_path(inode):
+    """Returns a path to the network namespace with this inode number, "" if it has none. Raises PermissionError."""
+    for path in [*glob.iglob("/run/netns/*"), *glob.iglob("/proc/[0-9]*/ns/net")]:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):       # it has ended
+            if os.stat(path).st_ino == inode:
+                return path
+    return ""
+
+
+def add_common(parser, *netns_names):
+    """Adds what all tools have. netns_names: further names of --netns."""
+    add = parser.add_argument
+    add(*netns_names, "--netns", type=netns, help="trace this network namespace only: inode number, path or name")
+    add("--duration", metavar="SECONDS", type=number(0.001, 1e9, float), help="exit after this many seconds")
+    add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
+    add("--version", action="version", version="%(prog)s 1.0")
+    parser.print_help = lambda: write(parser.format_help())     # argparse's own would fail only at exit
+
+
+# ---- filters ----
+def any_of(condition, values):
+    """Returns a C expression that is true if the condition holds for one of the values, or if there are none."""
+    return " || ".join([condition % value for value in values or []]) or "true"
+
+
+def filters(args, *peer):
+    """Returns the options that filter as macros: C expressions that are true for what is wanted. peer: more of them."""
+    option = vars(args).get
+    peer += (any_of("(e)->netns == %d", args.netns and [args.netns]), any_of("(e)->rport == %d", option("rport")),
+             "IS_IPV4((e)->raddr)" if option("ipv4") else "!IS_IPV4((e)->raddr)" if option("ipv6") else "true")
+    return {"IS_WANTED_OWNER(o)": any_of("(o)->pid == %d", args.pid and [args.pid]),
+            "IS_WANTED_PEER(e)": " && ".join(["(%s)" % condition for condition in peer]),
+            "IS_WANTED_LPORT(port)": any_of("(port) == %d", option("lport")),
+            "FILTERS": int(set(peer) != {"true"} or bool(option("lport")))}
+
+
+# ---- inodes ----
+def socket_inodes(pid):
+    """Returns the inode numbers of the sockets that the process holds, of any kind."""
+    inodes = set()
+    with contextlib.suppress(OSError):
+        for task in os.listdir("/proc/%s/task" % pid):          # a first thread that has ended shows no descriptors
+            for fd in os.scandir("/proc/%s/task/%s/fd" % (pid, task)):
+                with contextlib.suppress(OSError):
+                    target = os.readlink(fd.path)
+                    if target.startswith("socket:["):
+                        inodes.add(int(target[8:-1]))
+            if inodes:
+                break           # the other threads have the same descriptors
+    return inodes
+
+
+# ---- addresses ----
+def address_condition(address, networks):
+    """Returns a C expression that is true for a struct address in one of these networks, or for all if there are none.
+
+    networks: pairs of an ip_network and the number of an interface, 0 for any.
+    """
+    conditions = []
+    for network, scope in networks or []:
+        if network.version == 4:
+            network = ipaddress.ip_network("::ffff:%s/%d" % (network.network_address, 96 + network.prefixlen))
+        words = zip(struct.unpack("=4I", network.network_address.packed), struct.unpack("=4I", network.netmask.packed))
+        parts = ["(%s.word[%d] & %du) == %du" % (address, n, mask, value)
+                 for n, (value, mask) in enumerate(words) if mask]
+        if network.prefixlen < 96:              # IPv6, but not IPv4 in the form of IPv6
+            parts.append("!IS_IPV4(%s)" % address)
+        if scope:
+            parts.append("%s.scope == %d" % (address, scope))
+        conditions.append("(%s)" % " && ".join(parts))
+    return " || ".join(conditions) or "true"
+
+
+# ---- compiling ----
+KERNEL = tuple(int(n) for n in re.findall("[0-9]+", os.uname().release)[:2])
+# "tracing: Guard __DECLARE_TRACE() use of __DO_TRACE_CALL() with SRCU-fast": a process may preempt another's program.
+PREEMPTIBLE = KERNEL >= (7, 0)
+MAX_MARKS = 1 << 14 if PREEMPTIBLE else 1 << 8  # of all CPUs: 1 MB of kernel memory, or of each: 4 KB
+
+
+def flags(macros, *enums):
+    """Returns compiler flags: the macros, and each name in an enum as its place there."""
+    macros.setdefault("TWO_PROGRAMS", 1)
+    for names in enums:
+        macros.update(zip(names, range(len(names))))
+    macros.update(PIDNS=pid_namespace(), PREEMPTIBLE=int(PREEMPTIBLE), MAX_MARKS=MAX_MARKS,
+                  RESCUED=len(LOSSES), STARTED=len(LOSSES) + 1)
+    return ["-g0"] + ["-D%s=(%s)" % item for item in macros.items()]    # no debug information: starts 10 % faster
+
+
+def pid_namespace():
+    """Returns the inode number of the PID namespace whose numbers /proc shows; 0 for the initial one."""
+    inode = os.stat("/proc/self/ns/pid").st_ino
+    with contextlib.suppress(OSError):          # only root may look at process 1, of whose namespace /proc is
+        inode = os.stat("/proc/1/ns/pid").st_ino
+    return 0 if inode == 0xeffffffc else inode          # PROC_PID_INIT_INO, include/linux/proc_ns.h
+
+
+def load(args):
+    """Returns what attach() returns, or exits with one line that says what to do. --duration counts from here."""
+    if KERNEL < (5, 10):
+        die("needs Linux 5.10 or later")
+    if sys.stdout is None or sys.stderr is None:        # else a BPF map would become descriptor 1 or 2
+        die("standard output or standard error is closed")
+    try:
+        import bcc
+        bpf = compiled(KERNEL_TYPES, lambda: attach(bcc, args))
+    except ImportError as error:
+        die("%s: %s has no bcc: install python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora)"
+            % (error, sys.executable))
+    except Exception as error:
+        die("cannot trace: %s" % error)
+    counters = bpf["lost"]
+    counters[len(LOSSES) + 1] = counters.Leaf(1)        # STARTED
+    report(bpf)                 # what was skipped before does not count
+    signal.setitimer(signal.ITIMER_REAL, args.duration or 0)
+    return bpf
+
+
+# ---- state changes ----
+def attach_state_changes(bpf, orders=("first", "second")):
+    for order in orders:
+        bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name="tracepoint_set_state_" + order)
+        bpf.raw_tracepoint_fds.clear()          # bcc refuses a second program on a raw tracepoint it knows of
+
+
+# ---- accept() ----
+def attach_accept(bpf, args):
+    """Attaches to security_sock_graft(), or else to the exits of the system calls."""
+    if not args.no_kprobe:
+        with contextlib.suppress(Exception):    # no kprobes, or no CONFIG_SECURITY_NETWORK
+            return bpf.attach_kprobe(event="security_sock_graft", fn_name="kprobe_accept")
+    for order in ("first", "second") if PREEMPTIBLE else ("first",):
+        bpf.attach_tracepoint(tp="syscalls:sys_exit_accept4", fn_name="tracepoint_accept_" + order)
+        bpf.attach_tracepoint(tp="syscalls:sys_exit_accept", fn_name="tracepoint_accept_" + order)
+
+
+# ---- losses ----
+LOST = {}                       # what: how often since the start, as far as it is certain. No number ever falls.
+SKIPS = []                      # how often programs had been skipped at the start, and when this was last asked
+# A program that may be skipped: the first ones handle the same events, and what is left of a socket is dropped later.
+HARMLESS = {b"tracepoint_set_state_second", b"tracepoint_accept_second", b"tracepoint_destroy"}
+
+
+def report(bpf, in_all=False):
+    """Prints what has been lost since the last call, and at the end what has been lost in all."""
+    *counts, skipped, rescued, _ = (count.value for count in bpf["lost"].values())
+    for name, function in bpf.funcs.items():
+        if name not in HARMLESS:
+            with open("/proc/self/fdinfo/%d" % function.fd) as info:
+                skipped += sum(int(n) for n in re.findall(r"recursion_misses:\s*(\d+)", info.read()))
+    if not SKIPS:
+        SKIPS[:] = skipped - rescued, skipped
+    # What was skipped up to the last call and is not rescued by now: the second program runs right after the first.
+    counts.append(SKIPS[1] - SKIPS[0] - rescued)
+    SKIPS[1] = skipped
+    for what, count in zip(LOSSES.values(), counts):
+        if count > LOST.setdefault(what, 0):
+            say("%d %s" % (count - LOST[what], what))
+            LOST[what] = count
+    if in_all:
+        report(bpf)
+        for what, count in LOST.items():
+            if count:
+                say("in all %d %s" % (count, what))
+
+
+# ---- output ----
+class Output(threading.Thread):
+    """Writes a text in a thread of its own, so that whoever does not read it holds up nothing else."""
+
+    def __init__(self, fd, text):
+        super().__init__(daemon=True)
+        self.fd = fd
+        self.rest = memoryview(text.encode())
+        self.error = None
+        self.start()
+
+    def run(self):
+        try:
+            while self.rest:
+                self.rest = self.rest[os.write(self.fd, self.rest[:select.PIPE_BUF]):]
+        except OSError as error:
+            self.error = error
+
+
+MESSAGES = []                   # the one that standard error has taken last, if it has, and those that it has not
+
+
+def say(message):
+    """Prints a message on standard error, unless nobody has read the one before. Then the next one says how many."""
+    if MESSAGES and MESSAGES[0].is_alive():
+        return MESSAGES.append(message)
+    text = "%s: %s\n" % (PROGRAM, message)
+    if len(MESSAGES) > 1:
+        text = "%s: %d messages missing here: standard error was full\n%s" % (PROGRAM, len(MESSAGES) - 1, text)
+    MESSAGES[:] = [Output(2, text)]
+    MESSAGES[0].join(0.2)
+
+
+def die(message):
+    say(message)
+    sys.exit(1)
+
+
 def write(text):
     """Prints all of it now. Returns True if the tool is to stop and nobody has read for a second."""
-    data = memoryview(text.encode())
-    while data:
-        if select.select([], [1], [], 1)[1]:
-            data = data[os.write(1, data[:select.PIPE_BUF]):]       # so much never blocks
-        elif signal.sigpending() & STOP_SIGNALS:
-            print("%s: the output was not read to its end" % PROGRAM, file=sys.stderr)
+    output = Output(1, text)
+    while output.is_alive():
+        left = len(output.rest)
+        output.join(1)
+        if output.is_alive() and len(output.rest) == left and signal.sigpending() & STOP_SIGNALS:
+            say("the output was not read to its end")
             return True
+    if output.error:
+        raise output.error
+    return False
 
 
-def report(lost, reported, form="%s: %d %s"):
-    """Prints the losses that have not been reported yet. Returns what has now been reported."""
-    for what, count in lost.items():
-        if count > reported.get(what, 0):
-            with contextlib.suppress(OSError):          # standard error has no reader
-                os.write(2, (form % (PROGRAM, count - reported.get(what, 0), what) + "\n").encode())
-    return lost
+def is_to_stop():
+    """Returns whether a signal has come, --duration has passed or the reader of the output has gone."""
+    output = select.poll()
+    output.register(1, 0)
+    return bool(signal.sigpending() & STOP_SIGNALS or output.poll(0))
 
 
-def trace(args, bpf, birth):
-    """Prints updates until a signal comes, the time is up, or the process or the reader of the output has gone."""
-    windows, reader, reported, labels, start = Windows(args, bpf), select.poll(), {}, labels_of(args.pid), time.time()
-    due = time.monotonic() + args.interval * (not args.prometheus)
-    reader.register(1, 0)
-    signal.setitimer(signal.ITIMER_REAL, args.duration or 0)
-    stop = gone = False
-    while not stop:
-        time.sleep(max(0, min(INTERVAL, due - time.monotonic())))
-        gone = birth_of(args.pid) != birth
-        stop = gone or signal.sigpending() & STOP_SIGNALS or reader.poll(0)
-        if stop or time.monotonic() >= due:
-            due = max(due + args.interval, time.monotonic())
-            if args.prometheus:
-                publish(args.prometheus, labels, start, windows.read()[1], losses(bpf))
-            else:
-                stop = write(render(args, *windows.read())) or stop
-            reported = report(losses(bpf), reported)
-    if gone:
-        print("%s: process %d has ended" % (PROGRAM, args.pid), file=sys.stderr)
-    report(losses(bpf), {}, "%s: in all %d %s")
-
-
+# ---- main ----
 def main():
     try:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # for --help and --ebpf
         args = parse_args()
         if args.ebpf:
-            return print("/* %s */\n%s" % (" ".join(cflags(args)), bpf_text))
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        birth = birth_of(args.pid)
-        if birth is None:
-            sys.exit("%s: no such process: %d" % (PROGRAM, args.pid))
-        bpf = load(args)
-        learn_existing(args, bpf)
-        try:
-            trace(args, bpf, birth)
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(args.prometheus or "")
-    except BrokenPipeError:
+            write("/* %s */\n%s" % (" ".join(cflags(args)), program(args)))
+        else:
+            trace(args)
+    except ConnectionError:     # the reader of the output has gone
         pass
     except OSError as error:
-        sys.exit("%s: cannot write the output: %s" % (PROGRAM, error.strerror))
+        if error.errno != errno.EIO or not stat.S_ISCHR(os.fstat(1).st_mode):           # a terminal that has gone
+            die("cannot write the output: %s" % error.strerror)
 
 
 if __name__ == "__main__":

@@ -4,41 +4,42 @@
 #          For Linux, uses bcc, eBPF.
 #
 # usage: tcplife [-h] [-T] [-t] [-w | -s | --json] [-x] [-p PID] [-L LOCALPORT] [-D REMOTEPORT] [-4 | -6] [--failed]
-#                [--existing] [--netns NETNS] [--duration SECONDS] [--owner {accept,close}]
-#                [--probes {tracepoint,kprobe}] [--ebpf] [--version]
+#                [--existing] [--owner {accept,close}] [--no-kprobe] [--netns NETNS] [--duration SECONDS] [--ebpf]
+#                [--version]
 #
 # Prints one line per finished session: the process that owns the socket, addresses, ports, bytes each way and
 # milliseconds; with -x also how it ended. Failed connects are shown, too.
 #
-# Traces the sock:inet_sock_set_state tracepoint (tcp_set_state() before Linux 4.17), tcp:tcp_destroy_sock and accept().
-# No packet is looked at. The owner of a session is the process that called connect() or accept(): many state changes
-# run in softirq, in the context of whichever process was interrupted, and the current process means nothing there.
+# Traces the tracepoints sock:inet_sock_set_state and tcp:tcp_destroy_sock, and accept(). No packet is looked at. The
+# owner of a session is the process that called connect() or accept(): many state changes run in softirq, in the
+# context of whichever process was interrupted, and the current process means nothing there.
 #
 # CAVEATS: a kernel without kprobes shows accept() at the exit of the system call, which does not cover io_uring and
 # 32-bit programs: there the process that closes is taken as the owner.
 
+# ---- starting ----
 import signal
 
-STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGALRM}      # the last one for --duration
-if __name__ == "__main__":      # blocked from here on and polled in trace(): no signal interrupts an import or a line
+# But for those that nohup or trap "" ignores. SIGALRM is for --duration.
+STOP_SIGNALS = {number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+                if signal.getsignal(number) != signal.SIG_IGN} | {signal.SIGALRM}
+if __name__ == "__main__":      # blocked from here on and polled: no signal interrupts an import or a line
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 import argparse
 import contextlib
-import csv
-import ctypes
 import errno
 import fcntl
-import functools
-import io
+import glob
 import json
 import mmap
 import os
 import re
 import select
-import socket
+import stat
 import struct
 import sys
+import threading
 import time
 
 sys.dont_write_bytecode = True
@@ -47,6 +48,13 @@ try:
 except ImportError:
     def compiled(_types, compile_it):   # without it, an ordinary bcc program that needs kernel headers
         return compile_it()
+
+# ---- tcplife ----
+import csv
+import ctypes
+import functools
+import io
+import socket
 
 examples = """examples:
   ./tcplife              # trace all TCP sessions
@@ -62,201 +70,72 @@ examples = """examples:
 """
 
 PROGRAM = "tcplife"
-KERNEL = tuple(int(n) for n in re.findall("[0-9]+", os.uname().release)[:2])
-KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "files_struct", "fdtable", "file", "socket", "mptcp_sock"]
+KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "pid", "pid_namespace", "files_struct", "fdtable", "file", "socket",
+                "mptcp_sock", "sock_flags", "sock_exterr_skb", "sk_buff"]
 MAX_SESSIONS = 1 << 18          # live sockets: 29 MB of kernel memory
 MAX_UNCLAIMED = 1 << 14         # sessions that ended before accept() returned them
-RING_PAGES = (8 << 20) // mmap.PAGESIZE if KERNEL >= (5, 8) else 0      # 8 MiB: a second of the fastest load measured
-PERF_PAGES = (1 << 20) // mmap.PAGESIZE         # per CPU, where there is no ring buffer
-HARMLESS = b"_second", b"_destroy"              # skipping a program whose name ends like this loses nothing
-LOSSES = ["sessions lost: the ring buffer was full", "sessions lost: the map of live sessions was full",
-          "sessions lost: the map of unaccepted sessions was full", "sessions lost: their end was not seen",
-          "state changes or accepts lost: the kernel did not run the probe"]
+RING_PAGES = (8 << 20) // mmap.PAGESIZE         # 8 MiB: a second of the fastest load measured
+# Names in the C text, where they are numbers in this order, and what is printed.
+LOSSES = {"LOST_EVENT": "sessions lost: the ring buffer was full",
+          "LOST_SESSION": "sessions lost: the map of live sessions was full",
+          "LOST_UNCLAIMED": "sessions lost: the map of unaccepted sessions was full",
+          "LOST_END": "sessions lost: their end was not seen",
+          "SKIPPED": "state changes or accepts lost: the kernel did not run the probe"}
+ROLES = {"EXISTED": None, "CONNECT": "connect", "ACCEPT": "accept"}
+ENDS = {"LOCAL": "local", "REMOTE": "remote", "BOTH": "both",           # these with FINs
+        "ABORT": "abort", "QUIT": "quit", "UNSENT": None}
+ERRORS = {errno.ECONNRESET: "reset", errno.EPIPE: "reset", errno.ECONNREFUSED: "refused", errno.ETIMEDOUT: "timeout",
+          errno.EHOSTUNREACH: "unreachable", errno.ENETUNREACH: "unreachable", errno.ECONNABORTED: "killed"}
 
 bpf_text = r"""
-#include <linux/fdtable.h>
-#include <linux/tcp.h>
-#include <net/sock.h>
-
-/* A member of a kernel object. */
-#define READ(p, member) ({                                                  \
-    typeof((p)->member) value;                                              \
-    bpf_probe_read_kernel(&value, sizeof(value), &(p)->member);             \
-    value;                                                                  \
-})
-
-struct owner {
-    u32 pid;                    /* 0: not known */
-    char comm[TASK_COMM_LEN];
-};
-
-enum { EXISTED, CONNECT, ACCEPT };                      /* as ROLES below */
-enum { LOCAL, REMOTE, BOTH, ABORT, QUIT, NEVER_SENT };  /* as ENDS below; the first three with FINs */
-
+/*
+ * The life of a session. (P): there, and only there, the current process is the one that uses the socket.
+ *
+ *   connect(): CLOSE -> SYN_SENT       birth() (P)    SYN_RECV -> ESTABLISHED                 birth(), no owner yet
+ *                                                     accept()                                own() (P)
+ *   close(), shutdown(), exit: -> FIN_WAIT1 or LAST_ACK                                       own() (P), if it has none
+ *   any change to CLOSE                                                                       death()
+ *   accept() of a session that has ended; close() of its listener destroys it                 claim() (P)
+ *   the socket is destroyed, or its memory is used again                                      forget()
+ */
 struct session {
     u64 born;                   /* bpf_ktime_get_ns(); 0: before the start of the tool */
     u64 ready;                  /* when connect() succeeded or accept() returned; 0: not yet */
     struct owner owner;
-    u32 role;
+    u16 role;                   /* ROLES */
+    u16 syn;                    /* 1: the kernel counts a SYN as a byte sent */
 };
 
-struct event {                  /* as RECORD below */
+struct event {
     struct session session;
     u64 died;
     u64 tx, rx;                 /* bytes */
-    u32 netns;
-    u32 laddr[4], raddr[4];     /* IPv4 as ::ffff:a.b.c.d */
-    u16 lport, rport;
+    struct endpoints ends;
     u32 srtt;                   /* eighths of a microsecond */
     u32 retrans;                /* segments */
-    u32 end, err;               /* err: instead of the end; 0: none */
+    u32 end, err;               /* ENDS, or if there was an error its number */
 };
-
-enum { LOST_EVENT, LOST_SESSION, LOST_UNCLAIMED, LOST_END, RESCUED, COUNTERS };      /* as LOSSES above */
 
 BPF_HASH(sessions, struct sock *, struct session, MAX_SESSIONS);
-BPF_HASH(unclaimed, struct sock *, struct event, MAX_UNCLAIMED);    /* ended before anybody accepted them */
-BPF_ARRAY(lost, u64, COUNTERS);
-#if RING_PAGES
-BPF_RINGBUF_OUTPUT(events, RING_PAGES);
-#else
-BPF_PERF_OUTPUT(events);
-#endif
+BPF_HASH(unclaimed, struct sock *, struct event, MAX_UNCLAIMED);        /* ended before anybody accepted them */
 
-static inline void count_lost(int what)
+static inline void submit(struct event *e)
 {
-    u64 *n = lost.lookup(&what);
-
-    if (n)
-        __sync_fetch_and_add(n, 1);
-}
-
-/*
- * The kernel skips a program that is already running on this CPU (since 6.1): it would miss the events of a softirq
- * that interrupts it and, since 7.0, those of a process that preempts it. So a tracepoint has a second program, which
- * handles what the first was skipped for. What the first has handled is marked until the second has run.
- */
-#if PREEMPTIBLE
-BPF_TABLE("lru_hash", u64, u8, marks, 1 << 14);         /* not per CPU: a preempted process may move to another one */
-
-static inline bool is_mine(void *ctx, u64 event, bool first)
-{
-    u8 one = 1;
-
-    if (first)
-        marks.update(&event, &one);
-    else if (!marks.delete(&event))
-        return false;
-    else
-        count_lost(RESCUED);
-    return true;
-}
-#else
-struct marks {
-    u64 event[2048];
-};
-BPF_PERCPU_ARRAY(marks, struct marks, 1);
-
-static inline bool is_mine(void *ctx, u64 event, bool first)
-{
-    int zero = 0;
-    struct marks *m = marks.lookup(&zero);
-    u64 *mark;
-
-    if (!m)
-        return false;           /* never */
-    /* By event and depth of the stack, where ctx is: a softirq is deeper than the process, or has its own stack. */
-    mark = &m->event[((u64)(ctx - (void *)m) ^ event) * 0x9e3779b97f4a7c15 >> 53];
-    if (first) {
-        *mark = event;
-    } else if (*mark == event) {
-        *mark = 0;
-        return false;
-    } else {
-        count_lost(RESCUED);
-    }
-    return true;
-}
-#endif
-
-static inline u32 netns_of(struct sock *sk)
-{
-    return READ(READ(sk, __sk_common.skc_net.net), ns.inum);
-}
-
-/* MPTCP's own sockets and SCTP's report their states here too; MPTCP's subflows are TCP. */
-static inline u16 protocol_of(struct sock *sk)
-{
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(5, 6, 0)       /* a bit field before, and no MPTCP */
-    return READ(sk, sk_protocol);
-#else
-    return IPPROTO_TCP;
-#endif
-}
-
-static inline void read_endpoints(struct event *e, struct sock *sk)
-{
-    struct sock_common c;
-
-    bpf_probe_read_kernel(&c, sizeof(c), &sk->__sk_common);
-    if (c.skc_family == AF_INET) {
-        e->laddr[2] = e->raddr[2] = htonl(0xffff);
-        e->laddr[3] = c.skc_rcv_saddr;
-        e->raddr[3] = c.skc_daddr;
-    } else {
-        __builtin_memcpy(e->laddr, &c.skc_v6_rcv_saddr, sizeof(e->laddr));
-        __builtin_memcpy(e->raddr, &c.skc_v6_daddr, sizeof(e->raddr));
-    }
-    /* skc_num is 0 once the socket has left the port's hash table, which is before CLOSE. inet_sport stays. */
-    e->lport = ntohs(READ((struct inet_sock *)sk, inet_sport));
-    e->rport = ntohs(c.skc_dport);
-}
-
-static inline bool is_wanted(struct event *e, struct sock *sk)
-{
-    bool ipv4 = !e->raddr[0] && !e->raddr[1] && e->raddr[2] == htonl(0xffff);
-
-    return (!FILTER_IP || ipv4 == (FILTER_IP == 4)) && (!FILTER_NETNS || netns_of(sk) == FILTER_NETNS) &&
-           (!e->lport || IS_WANTED_LPORT(e->lport)) && IS_WANTED_RPORT(e->rport);
-}
-
-static inline void submit(void *ctx, struct event *e)
-{
-#if RING_PAGES          /* no wake-up: the reader polls */
-    if (IS_WANTED_PID(e->session.owner.pid) && events.ringbuf_output(e, sizeof(*e), BPF_RB_NO_WAKEUP))
-#else
-    if (IS_WANTED_PID(e->session.owner.pid) && events.perf_submit(ctx, e, sizeof(*e)))
-#endif
+    if (IS_WANTED_OWNER(&e->session.owner) && events.ringbuf_output(e, sizeof(*e), BPF_RB_NO_WAKEUP))
         count_lost(LOST_EVENT);
 }
 
-/* To be called only where the current process is the one that uses the socket. */
-static inline void set_owner(struct owner *o)
+static inline void birth(struct sock *sk, u16 role)
 {
-#if PIDNS
-    struct bpf_pidns_info ns = {};
-
-    bpf_get_ns_current_pid_tgid(PIDNS_DEV, PIDNS, &ns, sizeof(ns));
-    o->pid = ns.tgid;           /* 0 for a process of another namespace */
-#else
-    o->pid = bpf_get_current_pid_tgid() >> 32;
-#endif
-    bpf_get_current_comm(&o->comm, sizeof(o->comm));
-}
-
-static inline void birth(struct sock *sk, u32 role)
-{
-    struct session s = {.born = role == EXISTED ? 0 : bpf_ktime_get_ns(), .role = role};
-    struct event e = {};
+    struct session s = {.born = role == EXISTED ? 0 : bpf_ktime_get_ns(), .role = role, .syn = role == CONNECT};
+    struct endpoints ends;
     int err;
 
-    if (protocol_of(sk) != IPPROTO_TCP)
+    if (READ(sk, sk_protocol) != IPPROTO_TCP)
         return;
-    if (FILTERS) {
-        read_endpoints(&e, sk);
-        if (role == CONNECT)
-            e.lport = 0;        /* not chosen yet, or that of an earlier attempt: checked when the session ends */
-        if (!is_wanted(&e, sk))
+    if (FILTERS) {              /* all but the local port of an outgoing session, which it does not have yet */
+        read_endpoints(&ends, sk);
+        if (!IS_WANTED_PEER(&ends) || (role != CONNECT && !IS_WANTED_LPORT(ends.lport)))
             return;
     }
     if (role == CONNECT)
@@ -264,6 +143,96 @@ static inline void birth(struct sock *sk, u32 role)
     err = sessions.insert(&sk, &s);
     if (err && err != -EEXIST)  /* exists: accept() saw it first (TCP Fast Open), or EXISTED comes again */
         count_lost(LOST_SESSION);
+}
+
+static inline void established(struct sock *sk, int oldstate)
+{
+    struct session *s = sessions.lookup(&sk);
+
+    if (s && s->role == CONNECT) {      /* from SYN_RECV if the other end called connect(), too */
+        s->ready = bpf_ktime_get_ns();
+        s->syn = READ((struct tcp_sock *)sk, segs_out) > 0;     /* none: restored by TCP_REPAIR */
+    } else if (oldstate == TCP_SYN_RECV) {
+        birth(sk, ACCEPT);
+    }
+}
+
+/* The current process uses this socket. */
+static inline void own(struct session *s)
+{
+    if (!s->owner.pid)
+        set_owner(&s->owner);
+}
+
+static inline u32 end_of(struct sock *sk, int oldstate, bool fin_acked, bool fin_came, bool is_orphan)
+{
+    struct tcp_sock *tp = (struct tcp_sock *)sk;
+
+    if (oldstate == TCP_SYN_SENT)
+        return is_unsent(sk) ? UNSENT : QUIT;
+    if (!fin_acked)
+        return ABORT;
+    /* close() after shutdown() has found unread data, or TCP_LINGER2 forbids to wait for the peer's FIN. */
+    if (oldstate == TCP_FIN_WAIT2 && !fin_came && (!is_orphan || (int)READ(tp, linger2) < 0))
+        return ABORT;
+    return oldstate == TCP_FIN_WAIT2 ? LOCAL : oldstate == TCP_LAST_ACK ? REMOTE : BOTH;
+}
+
+static inline u64 without(u64 bytes, u64 counted)
+{
+    return bytes > counted ? bytes - counted : 0;
+}
+
+static inline void death(struct sock *sk, int oldstate)
+{
+    struct session *s = sessions.lookup(&sk);
+    struct event e = {.died = bpf_ktime_get_ns()};
+    struct tcp_sock *tp = (struct tcp_sock *)sk;
+    bool fin_acked, fin_came, is_orphan;
+    u64 flags;
+
+    if (!s)
+        return;
+    e.session = *s;
+    sessions.delete(&sk);
+    flags = READ(sk, __sk_common.skc_flags);
+    is_orphan = flags >> SOCK_DEAD & 1;
+    fin_came = flags >> SOCK_DONE & 1;
+    fin_acked = (oldstate == TCP_FIN_WAIT2 || oldstate == TCP_LAST_ACK || oldstate == TCP_CLOSING) &&
+                READ(tp, snd_una) == READ(tp, write_seq);
+    e.end = end_of(sk, oldstate, fin_acked, fin_came, is_orphan);
+    e.err = error_of(sk, oldstate);
+    if (FAILED && !e.err && e.end <= BOTH)
+        return;
+    read_endpoints(&e.ends, sk);
+    if (e.end == UNSENT)
+        e.ends.lport = READ(sk, __sk_common.skc_num);           /* inet_sport is that of an earlier attempt */
+    if (!IS_WANTED_PEER(&e.ends) || !IS_WANTED_LPORT(e.ends.lport))
+        return;
+    /* The kernel counts a SYN and FINs as bytes. */
+    e.tx = without(READ(tp, bytes_acked), fin_acked + e.session.syn);
+    e.rx = without(READ(tp, bytes_received), fin_came);
+    e.srtt = READ(tp, srtt_us);
+    e.retrans = READ(tp, total_retrans);
+    if (e.session.owner.pid || is_orphan)         /* nobody accepts an orphan */
+        submit(&e);
+    else if (unclaimed.update(&sk, &e))
+        count_lost(LOST_UNCLAIMED);
+}
+
+/* A session that the peer ended before accept() returned it is printed once its owner is known. */
+static inline void claim(struct sock *sk, u64 accepted)
+{
+    struct event *held = unclaimed.lookup(&sk), e;
+
+    if (!held)
+        return;
+    e = *held;
+    if (unclaimed.delete(&sk))  /* another process was faster */
+        return;
+    e.session.ready = accepted;
+    set_owner(&e.session.owner);
+    submit(&e);
 }
 
 /* At the start and at the very end of a socket: the end of a session that is still known was not seen. */
@@ -274,160 +243,386 @@ static inline void forget(struct sock *sk)
         count_lost(LOST_END);
 }
 
-static inline void established(struct sock *sk, int oldstate)
-{
-    struct session *s = sessions.lookup(&sk);
-
-    if (s && s->role == CONNECT)        /* from SYN_RECV if the other end called connect(), too */
-        s->ready = bpf_ktime_get_ns();
-    else if (oldstate == TCP_SYN_RECV)
-        birth(sk, ACCEPT);
-}
-
-/* A kernel thread closes for others: MPTCP's worker, io_uring's, the collector of Unix sockets. */
-#define is_kthread() (READ((struct task_struct *)bpf_get_current_task(), flags) & 0x00200000 /* PF_KTHREAD */)
-
-/* The current process uses this socket. Returns its session, or NULL if it is not known. */
-static inline struct session *own(struct sock *sk)
-{
-    struct session *s = sessions.lookup(&sk);
-
-    if (s && !s->owner.pid)
-        set_owner(&s->owner);
-    return s;
-}
-
-static inline void death(void *ctx, struct sock *sk, int oldstate)
-{
-    struct session *s = sessions.lookup(&sk);
-    struct event e = {.died = bpf_ktime_get_ns(), .end = ABORT};
-    struct tcp_sock *tp = (struct tcp_sock *)sk;
-    bool fin_acked;
-    u64 flags;
-
-    if (!s)
-        return;
-    e.session = *s;
-    sessions.delete(&sk);
-    flags = READ(sk, __sk_common.skc_flags);
-    fin_acked = (oldstate == TCP_FIN_WAIT2 || oldstate == TCP_LAST_ACK || oldstate == TCP_CLOSING) &&
-                READ(tp, snd_una) == READ(tp, write_seq);
-    if (oldstate == TCP_SYN_SENT)       /* no SYN: connect() itself failed, for lack of a port for example */
-        e.end = READ(tp, segs_out) ? QUIT : NEVER_SENT;
-    /* In FIN_WAIT2 without SOCK_DEAD and SOCK_DONE, close() came after shutdown() and found unread data. */
-    if (fin_acked && (oldstate != TCP_FIN_WAIT2 || flags & 3))
-        e.end = oldstate == TCP_FIN_WAIT2 ? LOCAL : oldstate == TCP_LAST_ACK ? REMOTE : BOTH;
-    e.err = READ(sk, sk_err);
-    if (FAILED && !e.err && e.end <= BOTH)
-        return;
-    read_endpoints(&e, sk);
-    if (FILTERS && !is_wanted(&e, sk))
-        return;
-    e.netns = netns_of(sk);
-    /* The kernel counts the SYN of connect() and FINs as bytes. */
-    e.tx = READ(tp, bytes_acked);
-    e.tx -= fin_acked + (e.tx && e.session.role == CONNECT);
-    e.rx = READ(tp, bytes_received) - (flags >> 1 & 1);         /* SOCK_DONE: the peer's FIN has come */
-    e.srtt = READ(tp, srtt_us);
-    e.retrans = READ(tp, total_retrans);
-    if (e.session.owner.pid)
-        submit(ctx, &e);
-    else if (unclaimed.update(&sk, &e))
-        count_lost(LOST_UNCLAIMED);
-}
-
-/* A session that the peer ended before accept() returned it is printed once its owner is known. */
-static inline void claim(void *ctx, struct sock *sk, u64 accepted)
-{
-    struct event *held = unclaimed.lookup(&sk), e;
-
-    if (!held)
-        return;
-    e = *held;
-    if (unclaimed.delete(&sk))  /* another process was faster */
-        return;
-    e.session.ready = accepted;
-    if (!is_kthread())
-        set_owner(&e.session.owner);
-    submit(ctx, &e);
-}
-
-static inline void accepted(void *ctx, struct sock *sk)
+/* is_sure: not by a descriptor, behind which another thread may have put an older socket meanwhile */
+static inline void accepted(struct sock *sk, bool is_sure)
 {
     struct session *s;
 
-#ifdef BTF_HAS_mptcp_sock
-    /* accept() returns MPTCP's own socket; the session is its first subflow. */
-    if (protocol_of(sk) == IPPROTO_MPTCP)
-        sk = READ((struct mptcp_sock *)sk, first);
-#endif
     if (READ(sk, __sk_common.skc_state) == TCP_SYN_RECV)        /* TCP Fast Open: not ESTABLISHED yet */
         birth(sk, ACCEPT);
-    s = own(sk);
-    if (s)
-        s->ready = bpf_ktime_get_ns();
-    else
-        claim(ctx, sk, bpf_ktime_get_ns());
+    s = sessions.lookup(&sk);
+    if (!s)
+        return claim(sk, bpf_ktime_get_ns());
+    if (s->role != ACCEPT || s->ready)  /* that is an older one */
+        return;
+    own(s);
+    s->ready = bpf_ktime_get_ns();
 }
 
 static inline void state_change(void *ctx, struct sock *sk, int oldstate, int newstate)
 {
     bool closes = newstate == TCP_FIN_WAIT1 || newstate == TCP_LAST_ACK;
+    struct session *s;
 
-    /* The kprobe does not see LISTEN -> SYN_RECV. Before accept() there is no sk_socket. */
-    if (oldstate == TCP_CLOSE || oldstate == TCP_LISTEN ||
-        (KPROBES && oldstate == TCP_SYN_RECV && !READ(sk, sk_socket)))
+    if (oldstate == TCP_CLOSE || oldstate == TCP_LISTEN)
         forget(sk);
     else if (EXISTING && oldstate != TCP_SYN_RECV && (closes || newstate == TCP_CLOSE))
         birth(sk, EXISTED);     /* unless it is known */
-    if (newstate == TCP_SYN_SENT)
+    if (newstate == TCP_SYN_SENT) {
         birth(sk, CONNECT);
-    else if (newstate == TCP_ESTABLISHED)
+    } else if (newstate == TCP_ESTABLISHED) {
         established(sk, oldstate);
-    else if (closes && !is_kthread())
-        own(sk);                /* in close(), shutdown() or exit */
-    else if (newstate == TCP_CLOSE)
-        death(ctx, sk, oldstate);
+    } else if (closes && READ(sk, sk_lock.owned)) {     /* not in softirq */
+        s = sessions.lookup(&sk);
+        if (s)
+            own(s);
+    } else if (newstate == TCP_CLOSE) {
+        death(sk, oldstate);
+    }
 }
 
-/* A socket in CLOSE is destroyed in close(), and one still waiting for accept() in the listener's close(). */
-static inline int burial(void *ctx, struct sock *sk)
+static inline void destroyed(struct sock *sk)
 {
-    claim(ctx, sk, 0);
+    claim(sk, 0);
     forget(sk);
-    return 0;
 }
+"""
 
-#if KPROBES
-int kprobe_set_state(struct pt_regs *ctx, struct sock *sk, int newstate)
+NAMES = "PID", "COMM", "IP", "LADDR", "LPORT", "RADDR", "RPORT", "TX_KB", "RX_KB", "MS"      # IP: with -w and -s
+EXTRA_NAMES = "ROLE", "CONN_MS", "RTT_MS", "RETR", "END"
+NARROW = "%-5s %-10.10s %-15s %-5s %-15s %-5s %5s %5s "
+WIDE = "%-7s %-16s %-2s %-39s %-5s %-39s %-5s %5s %5s "
+EXTRA = "%-8s %-7s %7s %7s %4s "
+JSON = ('{"ts":%.6f,%s,"ip":%d,"laddr":"%s","lport":%d,"raddr":"%s","rport":%d,"tx_bytes":%d,"rx_bytes":%d,"ms":%.6f,'
+        '"netns":%d,%s,"connect_ms":%s,"accept_ms":%s,"srtt_us":%s,"retrans":%d,"partial":%s}\n')
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(PROGRAM, description="Trace the lifespan of TCP sessions and summarize",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)
+    add = parser.add_argument
+    add("-T", "--time", action="store_true", help="include time column on output (HH:MM:SS)")
+    add("-t", "--timestamp", action="store_true", help="include timestamp on output (seconds)")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("-w", "--wide", action="store_true", help="wide column output (fits IPv6 addresses)")
+    output.add_argument("-s", "--csv", action="store_true", help="comma separated values output")
+    output.add_argument("--json", action="store_true",
+        help="print one JSON object per line, with exact bytes and times")
+    add("-x", "--extra", action="store_true",
+        help="include columns on how sessions started and ended: ROLE CONN_MS RTT_MS RETR END")
+    add("-p", "--pid", type=process, help="trace this PID only")
+    add("-L", "--localport", dest="lport", metavar="LOCALPORT", type=ports,
+        help="comma-separated list of local ports to trace.")
+    add("-D", "--remoteport", dest="rport", metavar="REMOTEPORT", type=ports,
+        help="comma-separated list of remote ports to trace.")
+    family = parser.add_mutually_exclusive_group()
+    family.add_argument("-4", "--ipv4", action="store_true", help="trace IPv4 only")
+    family.add_argument("-6", "--ipv6", action="store_true", help="trace IPv6 only")
+    add("--failed", action="store_true", help="trace only sessions that did not end with FINs")
+    add("--existing", action="store_true", help="also trace sessions from before the start")
+    add("--owner", choices=("accept", "close"), default="accept",
+        help="who owns an incoming session: the process that accepted it (default), or the one that closed it, "
+             "which saves the probe on accept()")
+    add("--no-kprobe", action="store_true", help="trace accept() at the exit of the system call, kprobes or not")
+    add_common(parser)
+    args = parser.parse_args(argv)
+    args.row_format = ("%-8s " if args.time else "") + ("%-9s " if args.timestamp else "")
+    args.row_format += (WIDE if args.wide else NARROW) + (EXTRA if args.extra else "") + "%s\n"
+    return args
+
+
+def cflags(args):
+    """Returns the arguments as macros for the C text. Only numbers get into it."""
+    return flags({
+        **filters(args),
+        "RING_PAGES": RING_PAGES, "RECORD_SIZE": RECORD.size - 8,
+        "MAX_SESSIONS": MAX_SESSIONS, "MAX_UNCLAIMED": MAX_UNCLAIMED,
+        "FAILED": int(args.failed), "EXISTING": int(args.existing),
+    }, LOSSES, ROLES, ENDS)
+
+
+def program(_args):
+    return shared_text + bpf_text + probes_text
+
+
+def attach(bcc, args):
+    """Returns the BPF object, compiled, loaded and attached."""
+    bpf = bcc.BPF(text=program(args), cflags=cflags(args))
+    attach_state_changes(bpf)
+    bpf.attach_raw_tracepoint(tp="tcp_destroy_sock", fn_name="tracepoint_destroy")
+    if args.owner == "accept":
+        attach_accept(bpf, args)
+    return bpf
+
+
+def csv_line(row):
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(row)
+    return text.getvalue()
+
+
+def header(args):
+    if args.json:
+        return ""
+    names = NAMES if args.wide or args.csv else NAMES[:2] + NAMES[3:]
+    names = time_names(args) + names + (EXTRA_NAMES if args.extra else ())
+    return csv_line(names) if args.csv else args.row_format % names
+
+
+@functools.lru_cache(maxsize=1024)
+def fate(role, end, err):
+    """Returns role and end as text and as JSON members."""
+    role = list(ROLES.values())[role]
+    end = ERRORS.get(err) if err else list(ENDS.values())[end]
+    err = errno.errorcode.get(err, str(err)) if err else None
+    return (role or "N/A", end or err or "N/A",
+            '"role":%s,"end":%s,"err":%s' % (json.dumps(role), json.dumps(end), json.dumps(err)))
+
+
+def line(args, record, start, wall):
+    """Returns one line. start: when tracing started, wall: offset of the kernel's clock from Unix time, both in ns."""
+    born, ready, owner, role, _, died, tx, rx, laddr, raddr, lport, rport, netns, srtt, retrans, end, err = record
+    local, remote = address(laddr, netns), address(raddr, netns)
+    ip = 6 if ":" in remote else 4
+    pid, comm, json_owner = owner_text(owner)
+    role, how, json_fate = fate(role, end, err)
+    ms = (died - born if born else max(0, died - start)) / 1e6
+    if args.json:
+        waited = "%.6f" % ((ready - born) / 1e6) if ready else "null"
+        return JSON % ((died + wall) / 1e9, json_owner, ip, local, lport, remote, rport, tx, rx, ms, netns, json_fate,
+                       waited if role == "connect" else "null", waited if role == "accept" else "null",
+                       srtt >> 3 or "null", retrans, "false" if born else "true")
+    lifespan = ("%.2f" if born else ">%.2f") % ms
+    if args.wide or args.csv:
+        row = (pid, comm, ip, local, lport, remote, rport, tx >> 10, rx >> 10, lifespan)
+    else:
+        row = (pid, comm, local, lport, remote, rport, tx >> 10, rx >> 10, lifespan)
+    if args.extra:
+        row += (role, "%.2f" % ((ready - born) / 1e6) if ready and role == "connect" else "N/A",
+                "%.2f" % (srtt / 8e3) if srtt else "N/A", retrans, how)
+    if args.time or args.timestamp:
+        row = times(args, died, start, wall) + row
+    return csv_line(row) if args.csv else args.row_format % row
+
+
+def unaccepted(bpf):
+    """Returns the sessions that ended and that nobody has accepted, as records."""
+    return [RECORD.unpack(bytes(8) + bytes(event)) for event in bpf["unclaimed"].values()]
+
+
+def trace(args):
+    """Prints sessions until a signal comes, the time is up or the reader of the output has gone."""
+    bpf = load(args)
+    read = open_events(bpf, RECORD)
+    start = time.monotonic_ns()
+    write(header(args))
+    stop = False
+    while not stop:
+        time.sleep(0.1)         # seconds that a line may be late
+        stop = is_to_stop()
+        # At the end, what nobody has accepted. One that is accepted just now is in both, with the same from its end on.
+        unclaimed = unaccepted(bpf) if stop and not args.pid else []
+        records = list(RECORD.iter_unpack(read()))
+        if unclaimed:
+            claimed = {record[5:] for record in records}
+            records += {record[5:]: record for record in unclaimed if record[5:] not in claimed}.values()
+        wall = time.time_ns() - time.monotonic_ns()     # every time, as the clock may have been set
+        stop = write("".join([line(args, record, start, wall) for record in records])) or stop
+        report(bpf)
+    report(bpf, in_all=True)
+
+
+# -------- Shared from here on: a part has the same text in every tool that has it, to the letter (make same) --------
+
+shared_text = r"""
+/* ---- members ---- */
+#include <linux/errqueue.h>
+#include <linux/fdtable.h>
+#include <linux/net.h>
+#include <linux/pid_namespace.h>
+#include <linux/tcp.h>
+#include <net/sock.h>
+
+/* A member of a kernel object. */
+#define READ(p, member) ({                                                  \
+    typeof((p)->member) value;                                              \
+    bpf_probe_read_kernel(&value, sizeof(value), &(p)->member);             \
+    value;                                                                  \
+})
+
+/* ---- losses ---- */
+BPF_ARRAY(lost, u64, STARTED + 1);
+
+static inline void count_lost(int what)
 {
-    state_change(ctx, sk, READ(sk, __sk_common.skc_state), newstate);
-    return 0;
+    u64 *n = lost.lookup(&what);
+
+    if (n)
+        __sync_fetch_and_add(n, 1);
 }
 
-int kprobe_destroy(struct pt_regs *ctx, struct sock *sk) { return burial(ctx, sk); }
+/* ---- marks ---- */
+/*
+ * The kernel skips a program that is already running on this CPU (since 6.1): it would miss the events of a softirq
+ * that interrupts it and, since 7.0, those of a process that preempts it. So a second program runs right after the
+ * first one, for the same event. If the first has left a mark, it did the work; if not, it was skipped.
+ *
+ * A mark belongs to the place of ctx on the kernel stack. That is the same for both programs, and another one for all
+ * else that runs or waits at that time. Where the mark of a place is taken by another one, the second does the work.
+ */
+struct mark {
+    u64 place, event;           /* event: 0 if the mark is free */
+};
+
+#if PREEMPTIBLE                 /* between the two, the process may lose its CPU and go on on another one */
+BPF_HASH(marks, u32, struct mark, MAX_MARKS);
 #else
-static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
-{
-    /* An event is a socket and its new state, which goes into the top byte of the address, always 0xff. */
-    if (is_mine(ctx, ctx->args[0] ^ ctx->args[2] << 56, first))
-        state_change(ctx, (struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
-    return 0;
-}
-
-int tracepoint_set_state_first(struct bpf_raw_tracepoint_args *ctx) { return set_state(ctx, true); }
-int tracepoint_set_state_second(struct bpf_raw_tracepoint_args *ctx) { return set_state(ctx, false); }
-
-int tracepoint_destroy(struct bpf_raw_tracepoint_args *ctx) { return burial(ctx, (struct sock *)ctx->args[0]); }
+BPF_PERCPU_ARRAY(marks, struct mark, MAX_MARKS);
 #endif
 
-/* security_sock_graft() is called in accept() with the new socket, by io_uring too. */
-int kprobe_accept(struct pt_regs *ctx, struct sock *sk) { accepted(ctx, sk); return 0; }
+static inline bool is_mine(void *ctx, u64 event, bool first)
+{
+    int started = STARTED;
+    u64 *has_started = lost.lookup(&started);
+    u64 place = ctx - (void *)has_started;      /* a number: the verifier does not let ctx itself be stored */
+    u32 key = place * 0x9e3779b97f4a7c15 >> 32;
+    struct mark *mark, new = {};
 
-struct syscall_exit {
-    u64 common;
-    long nr, ret;
+    if (!has_started || !*has_started)          /* the other program may not be attached yet */
+        return false;
+    if (!PREEMPTIBLE)
+        key %= MAX_MARKS;
+    else if (first && !marks.lookup(&key))
+        marks.update(&key, &new);
+    mark = marks.lookup(&key);
+    if (first) {
+        if (!mark || (mark->event && mark->place != place)) {
+            count_lost(SKIPPED);
+            return false;
+        }
+        mark->place = place;
+        mark->event = event;
+        return true;
+    }
+    if (mark && mark->place == place && mark->event == event) {
+        mark->event = 0;
+        return false;
+    }
+    count_lost(RESCUED);
+    return true;
+}
+
+/* ---- owners ---- */
+struct owner {
+    u32 pid;                    /* 0: not known */
+    char comm[TASK_COMM_LEN];
 };
+
+/* The process ID that /proc shows where the tool runs; 0 for a process outside of that PID namespace. */
+static inline u32 pid_of(struct task_struct *task)
+{
+#if PIDNS
+    struct pid *pid = READ(READ(task, group_leader), thread_pid);
+    u32 level, levels = READ(pid, level);
+    struct upid number;
+
+    for (level = 0; level <= levels && level <= 32; level++) {          /* MAX_PID_NS_LEVEL */
+        bpf_probe_read_kernel(&number, sizeof(number), &pid->numbers[level]);
+        if (READ(number.ns, ns.inum) == PIDNS)
+            return number.nr;
+    }
+    return 0;
+#else
+    return bpf_get_current_pid_tgid() >> 32;
+#endif
+}
+
+/* To be called only where the current process is the one that uses the socket. */
+static inline void set_owner(struct owner *o)
+{
+    struct task_struct *task = (struct task_struct *)bpf_get_current_task();
+    u32 flags = READ(task, flags);
+
+    if (flags & PF_KTHREAD)     /* closes for others: MPTCP's worker, io_uring's, the collector of Unix sockets */
+        return;
+    o->pid = pid_of(task);
+    if (flags & PF_IO_WORKER)   /* a thread of the process that io_uring has named iou-wrk-PID */
+        bpf_probe_read_kernel(&o->comm, sizeof(o->comm), &READ(task, group_leader)->comm);
+    else
+        bpf_get_current_comm(&o->comm, sizeof(o->comm));
+}
+
+/* ---- endpoints ---- */
+struct address {
+    u32 word[4];                /* as sent; IPv4 as ::ffff:a.b.c.d */
+    u32 scope;                  /* the interface that the socket is bound to */
+};
+
+struct endpoints {
+    struct address laddr, raddr;
+    u16 lport, rport;
+    u32 netns;
+};
+
+#define IS_IPV4(address) (!(address).word[0] && !(address).word[1] && (address).word[2] == htonl(0xffff))
+
+static inline void read_endpoints(struct endpoints *e, struct sock *sk)
+{
+    struct sock_common c;
+
+    bpf_probe_read_kernel(&c, sizeof(c), &sk->__sk_common);
+    __builtin_memset(e, 0, sizeof(*e));
+    e->netns = READ(c.skc_net.net, ns.inum);
+    if (c.skc_family == AF_INET) {
+        e->laddr.word[2] = e->raddr.word[2] = htonl(0xffff);
+        e->laddr.word[3] = c.skc_rcv_saddr;
+        e->raddr.word[3] = c.skc_daddr;
+    } else {
+        __builtin_memcpy(e->laddr.word, &c.skc_v6_rcv_saddr, sizeof(e->laddr.word));
+        __builtin_memcpy(e->raddr.word, &c.skc_v6_daddr, sizeof(e->raddr.word));
+        e->laddr.scope = e->raddr.scope = c.skc_bound_dev_if;
+    }
+    /* skc_num is 0 once the socket has left the port's hash table, which is before CLOSE. inet_sport stays. */
+    e->lport = ntohs(READ((struct inet_sock *)sk, inet_sport));
+    e->rport = ntohs(c.skc_dport);
+}
+
+/* ---- sockets ---- */
+/* Whether connect() failed before it sent a SYN, for lack of a port for example. TCP Fast Open may defer the SYN. */
+static inline bool is_unsent(struct sock *sk)
+{
+    return !READ((struct tcp_sock *)sk, segs_out) && READ(READ(sk, sk_socket), state) == SS_UNCONNECTED;
+}
+
+/*
+ * The socket's error, 0 for none. An ICMP error that comes while connect() holds the lock reaches the caller by the
+ * error queue only; sk_err_soft has it until getsockopt(SO_ERROR) takes it from there.
+ */
+static inline int error_of(struct sock *sk, int oldstate)
+{
+    int err = READ(sk, sk_err);
+    struct sock_exterr_skb *last;
+    u8 origin;
+
+    if (err || oldstate != TCP_SYN_SENT || !READ(sk, sk_error_queue.qlen))
+        return err;
+    last = (struct sock_exterr_skb *)READ(sk, sk_error_queue.prev)->cb;
+    origin = READ(last, ee.ee_origin);
+    return origin == SO_EE_ORIGIN_ICMP || origin == SO_EE_ORIGIN_ICMP6 ? READ(last, ee.ee_errno) : 0;
+}
+
+/* ---- accepted sockets ---- */
+/* What accept() returned, if it is TCP, else NULL. Of MPTCP it is the first subflow, unless that has ended. */
+static inline struct sock *tcp_of(struct sock *sk)
+{
+    u16 protocol = READ(sk, sk_protocol);
+
+#ifdef BTF_HAS_mptcp_sock
+    if (protocol == IPPROTO_MPTCP)
+        return READ((struct mptcp_sock *)sk, first) ?: sk;
+#endif
+    return protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP ? sk : NULL;
+}
 
 /* The socket behind a descriptor of the current process; NULL if it is already closed, or no longer a socket. */
 static inline struct sock *socket_of(long fd)
@@ -436,49 +631,61 @@ static inline struct sock *socket_of(long fd)
     struct file **files, *file = NULL;
     struct socket *socket;
 
-    if (fd < 0)
-        return NULL;
     files = READ(READ(READ(task, files), fdt), fd);
     bpf_probe_read_kernel(&file, sizeof(file), &files[fd]);
     socket = READ(file, private_data);
     return file && READ(socket, file) == file ? READ(socket, sk) : NULL;
 }
 
+struct syscall_exit {
+    u64 common;
+    long nr, ret;
+};
+
+/* ---- ring buffer ---- */
+BPF_RINGBUF_OUTPUT(events, RING_PAGES);
+"""
+
+probes_text = r"""
+/* ---- state changes ---- */
+static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
+{
+    /* An event is a socket and its new state, which goes into the top byte of the address: the same for all sockets. */
+    if (!TWO_PROGRAMS || is_mine(ctx, ctx->args[0] ^ ctx->args[2] << 56, first))
+        state_change(ctx, (struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
+    return 0;
+}
+
+int tracepoint_set_state_first(struct bpf_raw_tracepoint_args *ctx) { return set_state(ctx, true); }
+int tracepoint_set_state_second(struct bpf_raw_tracepoint_args *ctx) { return set_state(ctx, false); }
+int tracepoint_destroy(struct bpf_raw_tracepoint_args *ctx) { destroyed((struct sock *)ctx->args[0]); return 0; }
+
+/* ---- accept() ---- */
+/* security_sock_graft() is called in accept() with the new socket, by io_uring too. */
+int kprobe_accept(struct pt_regs *ctx, struct sock *sk) { accepted(tcp_of(sk), true); return 0; }
+
 static inline int accept_returned(struct syscall_exit *ctx, bool first)
 {
-    struct sock *sk = is_mine(ctx, bpf_get_current_pid_tgid(), first) ? socket_of(ctx->ret) : NULL;
-
-    if (sk)
-        accepted(ctx, sk);
+    if (ctx->ret >= 0 && (!PREEMPTIBLE || is_mine(ctx, bpf_get_current_pid_tgid(), first)))
+        accepted(tcp_of(socket_of(ctx->ret)), false);
     return 0;
 }
 
 int tracepoint_accept_first(struct syscall_exit *ctx) { return accept_returned(ctx, true); }
 int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(ctx, false); }
+
+/* ---- records ---- */
+_Static_assert(sizeof(struct event) == RECORD_SIZE, "struct event has gaps, or a member of a type that FORMATS lacks");
 """
 
-# struct event, behind the ring buffer's own header of a record (length and flags, page offset)
-RECORD = struct.Struct("=8xQQ20sIQQQI16s16sHHIIII")
-ROLES = [None, "connect", "accept"]
-ENDS = ["local", "remote", "both", "abort", "quit", None]
-ERRORS = {errno.ECONNRESET: "reset", errno.EPIPE: "reset", errno.ECONNREFUSED: "refused", errno.ETIMEDOUT: "timeout",
-          errno.EHOSTUNREACH: "unreachable", errno.ENETUNREACH: "unreachable", errno.ECONNABORTED: "killed"}
-NAMES = "PID", "COMM", "IP", "LADDR", "LPORT", "RADDR", "RPORT", "TX_KB", "RX_KB", "MS"
-EXTRA_NAMES = "ROLE", "CONN_MS", "RTT_MS", "RETR", "END"
-NARROW = "%-5s %-10.10s %.0s%-15s %-5s %-15s %-5s %5s %5s "     # without IP
-WIDE = "%-7s %-16s %-2s %-39s %-5s %-39s %-5s %5s %5s "
-EXTRA = "%-8s %-7s %7s %7s %4s "
-JSON = ('{"ts":%.6f,%s,"ip":%d,"laddr":"%s","lport":%d,"raddr":"%s","rport":%d,"tx_bytes":%d,"rx_bytes":%d,"ms":%.6f,'
-        '"netns":%d,%s,"connect_ms":%s,"accept_ms":%s,"srtt_us":%s,"retrans":%d,"partial":%s}\n')
-
-
+# ---- arguments ----
 def number(low, high, kind=int):
     """Returns a converter for argparse: a number from low to high in plain digits, as an int or a float."""
-    def number(text):
+    def number_from(text):
         if not re.fullmatch(r"\d+" if kind is int else r"\d*\.?\d+", text, re.A) or not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError("not a number from %s to %s: %r" % (low, high, text))
         return kind(text)
-    return number
+    return number_from
 
 
 def ports(text):
@@ -497,127 +704,132 @@ def process(text):
 
 def netns(text):
     """Returns the inode number of a network namespace, given as such, as a path or as a name from `ip netns list`."""
-    if text.isdecimal():
-        return number(1, 0xffffffff)(text)
     path = text if "/" in text else "/run/netns/" + text
-    with contextlib.suppress(OSError), open(path, opener=lambda name, how: os.open(name, how | os.O_NONBLOCK)) as file:
-        if fcntl.ioctl(file, 0xb703) == 0x40000000:         # NS_GET_NSTYPE, CLONE_NEWNET
-            return os.fstat(file.fileno()).st_ino
+    if text.isdecimal() and not os.path.exists(path):
+        try:
+            path = netns_path(number(1, 0xffffffff)(text))
+        except PermissionError:         # not root: whether there is one cannot be known
+            return int(text)
+    with contextlib.suppress(OSError):
+        namespace = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        if fcntl.ioctl(namespace, 0xb703) == 0x40000000:    # NS_GET_NSTYPE, CLONE_NEWNET
+            return os.fstat(namespace).st_ino               # left open: nobody else gets this number
     raise argparse.ArgumentTypeError("not a network namespace: %r" % text)
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(PROGRAM, description="Trace the lifespan of TCP sessions and summarize",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)
-    family, form = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
+def netns_path(inode):
+    """Returns a path to the network namespace with this inode number, "" if it has none. Raises PermissionError."""
+    for path in [*glob.iglob("/run/netns/*"), *glob.iglob("/proc/[0-9]*/ns/net")]:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):       # it has ended
+            if os.stat(path).st_ino == inode:
+                return path
+    return ""
+
+
+def add_common(parser, *netns_names):
+    """Adds what all tools have. netns_names: further names of --netns."""
     add = parser.add_argument
-    add("-T", "--time", action="store_true", help="include time column on output (HH:MM:SS)")
-    add("-t", "--timestamp", action="store_true", help="include timestamp on output (seconds)")
-    form.add_argument("-w", "--wide", action="store_true", help="wide column output (fits IPv6 addresses)")
-    form.add_argument("-s", "--csv", action="store_true", help="comma separated values output")
-    add("-x", "--extra", action="store_true",
-        help="include columns on how sessions started and ended: ROLE CONN_MS RTT_MS RETR END")
-    add("-p", "--pid", type=process, help="trace this PID only")
-    add("-L", "--localport", type=ports, help="comma-separated list of local ports to trace.")
-    add("-D", "--remoteport", type=ports, help="comma-separated list of remote ports to trace.")
-    family.add_argument("-4", "--ipv4", action="store_true", help="trace IPv4 only")
-    family.add_argument("-6", "--ipv6", action="store_true", help="trace IPv6 only")
-    add("--failed", action="store_true", help="trace only sessions that did not end with FINs")
-    add("--existing", action="store_true", help="also trace sessions from before the start")
-    form.add_argument("--json", action="store_true", help="print one JSON object per line, with exact bytes and times")
-    add("--netns", type=netns, help="trace this network namespace only: inode number, path or name")
+    add(*netns_names, "--netns", type=netns, help="trace this network namespace only: inode number, path or name")
     add("--duration", metavar="SECONDS", type=number(0.001, 1e9, float), help="exit after this many seconds")
-    add("--owner", choices=("accept", "close"), default="accept",
-        help="who owns an incoming session: the process that accepted it (default), or the one that closed it, "
-             "which saves the probe on accept()")
-    add("--probes", choices=("tracepoint", "kprobe"),
-        help="use this kind of probe only (default: tracepoints, and for accept() a kprobe where there are any)")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     add("--version", action="version", version="%(prog)s 1.0")
     parser.print_help = lambda: write(parser.format_help())     # argparse's own would fail only at exit
-    args = parser.parse_args(argv)
-    args.kprobes = args.probes == "kprobe" or KERNEL < (4, 17)
-    args.form = (args.time * "%-8s " + args.timestamp * "%-9s " + (WIDE if args.wide else NARROW) +
-                 args.extra * EXTRA + "%s\n")
-    return args
 
 
-def port_condition(ports):
-    """Returns a C expression that is true for these ports, or for all if there are none."""
-    return " || ".join("(port) == %d" % port for port in ports or []) or "true"
+# ---- filters ----
+def any_of(condition, values):
+    """Returns a C expression that is true if the condition holds for one of the values, or if there are none."""
+    return " || ".join([condition % value for value in values or []]) or "true"
 
 
-def pid_namespace():
-    """Returns macros for the PID namespace in which the tool runs: 0 for the initial one."""
-    namespace = os.stat("/proc/self/ns/pid")
-    is_initial = namespace.st_ino == 0xeffffffc         # PROC_PID_INIT_INO, include/linux/proc_ns.h
-    if KERNEL < (5, 7) and not is_initial:
-        print("%s: before Linux 5.7 the PIDs are the host's, not this PID namespace's" % PROGRAM, file=sys.stderr)
-    return {"PIDNS": 0 if is_initial or KERNEL < (5, 7) else namespace.st_ino, "PIDNS_DEV": os.minor(namespace.st_dev)}
+def filters(args, *peer):
+    """Returns the options that filter as macros: C expressions that are true for what is wanted. peer: more of them."""
+    option = vars(args).get
+    peer += (any_of("(e)->netns == %d", args.netns and [args.netns]), any_of("(e)->rport == %d", option("rport")),
+             "IS_IPV4((e)->raddr)" if option("ipv4") else "!IS_IPV4((e)->raddr)" if option("ipv6") else "true")
+    return {"IS_WANTED_OWNER(o)": any_of("(o)->pid == %d", args.pid and [args.pid]),
+            "IS_WANTED_PEER(e)": " && ".join(["(%s)" % condition for condition in peer]),
+            "IS_WANTED_LPORT(port)": any_of("(port) == %d", option("lport")),
+            "FILTERS": int(set(peer) != {"true"} or bool(option("lport")))}
 
 
-def cflags(args):
-    """Returns the arguments as macros for the C text. Only numbers get into it."""
-    macros = {
-        **pid_namespace(),
-        "PREEMPTIBLE": int(KERNEL >= (7, 0)),
-        "RING_PAGES": RING_PAGES,
-        "KPROBES": int(args.kprobes),
-        "MAX_SESSIONS": MAX_SESSIONS,
-        "MAX_UNCLAIMED": MAX_UNCLAIMED,
-        "FILTERS": int(bool(args.ipv4 or args.ipv6 or args.netns or args.localport or args.remoteport)),
-        "FAILED": int(args.failed),
-        "EXISTING": int(args.existing),
-        "IS_WANTED_PID(pid)": "(pid) == %d" % args.pid if args.pid else "true",
-        "FILTER_NETNS": args.netns or 0,
-        "FILTER_IP": 4 * args.ipv4 + 6 * args.ipv6,
-        "IS_WANTED_LPORT(port)": port_condition(args.localport),
-        "IS_WANTED_RPORT(port)": port_condition(args.remoteport),
-    }
+# ---- compiling ----
+KERNEL = tuple(int(n) for n in re.findall("[0-9]+", os.uname().release)[:2])
+# "tracing: Guard __DECLARE_TRACE() use of __DO_TRACE_CALL() with SRCU-fast": a process may preempt another's program.
+PREEMPTIBLE = KERNEL >= (7, 0)
+MAX_MARKS = 1 << 14 if PREEMPTIBLE else 1 << 8  # of all CPUs: 1 MB of kernel memory, or of each: 4 KB
+
+
+def flags(macros, *enums):
+    """Returns compiler flags: the macros, and each name in an enum as its place there."""
+    macros.setdefault("TWO_PROGRAMS", 1)
+    for names in enums:
+        macros.update(zip(names, range(len(names))))
+    macros.update(PIDNS=pid_namespace(), PREEMPTIBLE=int(PREEMPTIBLE), MAX_MARKS=MAX_MARKS,
+                  RESCUED=len(LOSSES), STARTED=len(LOSSES) + 1)
     return ["-g0"] + ["-D%s=(%s)" % item for item in macros.items()]    # no debug information: starts 10 % faster
 
 
-def attach_accept(bpf, args):
-    """Attaches to security_sock_graft(), or else to the exits of the system calls."""
-    if args.probes != "tracepoint":
-        try:
-            return bpf.attach_kprobe(event="security_sock_graft", fn_name="kprobe_accept")
-        except Exception:       # no kprobes, or no CONFIG_SECURITY_NETWORK
-            if args.probes == "kprobe":
-                raise
-    for fn_name in ["tracepoint_accept_first"] + ["tracepoint_accept_second"] * (KERNEL >= (7, 0)):
-        bpf.attach_tracepoint(tp="syscalls:sys_exit_accept4", fn_name=fn_name)
-        bpf.attach_tracepoint(tp="syscalls:sys_exit_accept", fn_name=fn_name)
-
-
-def attach(bcc, args):
-    """Returns the BPF object, compiled, loaded and attached."""
-    bpf = bcc.BPF(text=bpf_text, cflags=cflags(args))
-    if args.kprobes:
-        bpf.attach_kprobe(event="tcp_set_state", fn_name="kprobe_set_state")
-        bpf.attach_kprobe(event="tcp_v4_destroy_sock", fn_name="kprobe_destroy")
-    else:
-        bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name="tracepoint_set_state_first")
-        bpf.raw_tracepoint_fds.clear()          # bcc refuses a second program on a raw tracepoint it knows of
-        bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name="tracepoint_set_state_second")
-        bpf.attach_raw_tracepoint(tp="tcp_destroy_sock", fn_name="tracepoint_destroy")
-    if args.owner == "accept":
-        attach_accept(bpf, args)
-    return bpf
+def pid_namespace():
+    """Returns the inode number of the PID namespace whose numbers /proc shows; 0 for the initial one."""
+    inode = os.stat("/proc/self/ns/pid").st_ino
+    with contextlib.suppress(OSError):          # only root may look at process 1, of whose namespace /proc is
+        inode = os.stat("/proc/1/ns/pid").st_ino
+    return 0 if inode == 0xeffffffc else inode          # PROC_PID_INIT_INO, include/linux/proc_ns.h
 
 
 def load(args):
-    """Returns what attach() returns, or exits with one line that says what to do."""
+    """Returns what attach() returns, or exits with one line that says what to do. --duration counts from here."""
+    if KERNEL < (5, 10):
+        die("needs Linux 5.10 or later")
     if sys.stdout is None or sys.stderr is None:        # else a BPF map would become descriptor 1 or 2
-        sys.exit("%s: standard output or standard error is closed" % PROGRAM)
+        die("standard output or standard error is closed")
     try:
         import bcc
-        return compiled(KERNEL_TYPES, lambda: attach(bcc, args))
+        bpf = compiled(KERNEL_TYPES, lambda: attach(bcc, args))
     except ImportError as error:
-        sys.exit("%s: %s: %s has no bcc: install python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora)"
-                 % (PROGRAM, error, sys.executable))
+        die("%s: %s has no bcc: install python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora)"
+            % (error, sys.executable))
     except Exception as error:
-        sys.exit("%s: cannot trace: %s" % (PROGRAM, error))
+        die("cannot trace: %s" % error)
+    counters = bpf["lost"]
+    counters[len(LOSSES) + 1] = counters.Leaf(1)        # STARTED
+    report(bpf)                 # what was skipped before does not count
+    signal.setitimer(signal.ITIMER_REAL, args.duration or 0)
+    return bpf
+
+
+# ---- state changes ----
+def attach_state_changes(bpf, orders=("first", "second")):
+    for order in orders:
+        bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name="tracepoint_set_state_" + order)
+        bpf.raw_tracepoint_fds.clear()          # bcc refuses a second program on a raw tracepoint it knows of
+
+
+# ---- accept() ----
+def attach_accept(bpf, args):
+    """Attaches to security_sock_graft(), or else to the exits of the system calls."""
+    if not args.no_kprobe:
+        with contextlib.suppress(Exception):    # no kprobes, or no CONFIG_SECURITY_NETWORK
+            return bpf.attach_kprobe(event="security_sock_graft", fn_name="kprobe_accept")
+    for order in ("first", "second") if PREEMPTIBLE else ("first",):
+        bpf.attach_tracepoint(tp="syscalls:sys_exit_accept4", fn_name="tracepoint_accept_" + order)
+        bpf.attach_tracepoint(tp="syscalls:sys_exit_accept", fn_name="tracepoint_accept_" + order)
+
+
+# ---- ring buffer ----
+FORMATS = {"u8": "B", "u16": "H", "u32": "I", "s32": "i", "u64": "Q", "s64": "q", "struct owner": "20s",
+           "struct address": "20s"}
+
+
+def layout(name):
+    """Returns the members of a struct in the C text, but for arrays, in the format of struct.Struct."""
+    body = re.search(r"(?ms)^struct %s \{$(.*?)^\};" % name, shared_text + bpf_text)[1]
+    members = re.findall(r"(?m)^ +((?:struct )?\w+) ([\w, ]+);", body)
+    return "".join([(FORMATS.get(kind) or layout(kind[7:])) * len(names.split(",")) for kind, names in members])
+
+
+RECORD = struct.Struct("=8x" + layout("event"))         # behind the ring buffer's own header of a record
 
 
 def open_events(bpf, record):
@@ -627,18 +839,6 @@ def open_events(bpf, record):
     Documentation/bpf/ringbuf.rst): a page with the consumer's position, one with the producer's, then the data, mapped
     twice in a row so that no record is ever split.
     """
-    if not RING_PAGES:
-        records = []
-        bpf["events"].open_perf_buffer(
-            lambda cpu, data, size: records.append(bytes(8) + ctypes.string_at(data, record.size - 8)),
-            page_cnt=PERF_PAGES, lost_cb=lambda count: None)        # the probe has counted them
-
-        def poll():
-            records.clear()
-            bpf.perf_buffer_poll(0)
-            return b"".join(records)
-        return poll
-
     page, size = mmap.PAGESIZE, RING_PAGES * mmap.PAGESIZE
     consumer = mmap.mmap(bpf["events"].map_fd, page)
     ring = memoryview(mmap.mmap(bpf["events"].map_fd, page + 2 * size, prot=mmap.PROT_READ, offset=page))
@@ -659,23 +859,50 @@ def open_events(bpf, record):
     return read
 
 
-def losses(bpf):
-    """Returns {what was lost: how often since the start}."""
-    skipped = 0                 # how often a program was not run because it was running already (since Linux 5.12)
+# ---- losses ----
+LOST = {}                       # what: how often since the start, as far as it is certain. No number ever falls.
+SKIPS = []                      # how often programs had been skipped at the start, and when this was last asked
+# A program that may be skipped: the first ones handle the same events, and what is left of a socket is dropped later.
+HARMLESS = {b"tracepoint_set_state_second", b"tracepoint_accept_second", b"tracepoint_destroy"}
+
+
+def report(bpf, in_all=False):
+    """Prints what has been lost since the last call, and at the end what has been lost in all."""
+    *counts, skipped, rescued, _ = (count.value for count in bpf["lost"].values())
     for name, function in bpf.funcs.items():
-        if not name.endswith(HARMLESS):
+        if name not in HARMLESS:
             with open("/proc/self/fdinfo/%d" % function.fd) as info:
                 skipped += sum(int(n) for n in re.findall(r"recursion_misses:\s*(\d+)", info.read()))
-    *counts, rescued = (count.value for count in bpf["lost"].values())      # read last: skipped comes before rescued
-    return dict(zip(LOSSES, [*counts, skipped - rescued]))
+    if not SKIPS:
+        SKIPS[:] = skipped - rescued, skipped
+    # What was skipped up to the last call and is not rescued by now: the second program runs right after the first.
+    counts.append(SKIPS[1] - SKIPS[0] - rescued)
+    SKIPS[1] = skipped
+    for what, count in zip(LOSSES.values(), counts):
+        if count > LOST.setdefault(what, 0):
+            say("%d %s" % (count - LOST[what], what))
+            LOST[what] = count
+    if in_all:
+        report(bpf)
+        for what, count in LOST.items():
+            if count:
+                say("in all %d %s" % (count, what))
 
 
+# ---- text ----
 @functools.lru_cache(maxsize=1024)
-def address(packed):
-    """Returns the text of 16 bytes, in which IPv4 is ::ffff:a.b.c.d."""
+def address(packed, netns):
+    """Returns the text of struct address, with the interface of a link-local one; its number, if in another netns."""
     if packed.startswith(bytes(10) + b"\xff\xff"):
-        return socket.inet_ntop(socket.AF_INET, packed[12:])
-    return socket.inet_ntop(socket.AF_INET6, packed)
+        return socket.inet_ntop(socket.AF_INET, packed[12:16])
+    text, scope = socket.inet_ntop(socket.AF_INET6, packed[:16]), int.from_bytes(packed[16:], sys.byteorder)
+    if not scope or packed[0] != 0xfe or packed[1] & 0xc0 != 0x80:
+        return text
+    with contextlib.suppress(OSError):          # the interface has gone
+        name = socket.if_indextoname(scope)
+        if netns == os.stat("/proc/self/ns/net").st_ino and re.fullmatch(r"[\w.-]+", name, re.A):
+            return "%s%%%s" % (text, name)
+    return "%s%%%d" % (text, scope)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -693,99 +920,89 @@ def owner_text(packed):
             '"pid":%d,"comm":%s%s' % (pid, json.dumps(text), comm_hex))
 
 
-@functools.lru_cache(maxsize=1024)
-def fate(role, end, err):
-    """Returns role and end as text and as JSON members."""
-    role, end, err = ROLES[role], ERRORS.get(err) if err else ENDS[end], errno.errorcode.get(err, str(err) * bool(err))
-    return (role or "N/A", end or err or "N/A",
-            '"role":%s,"end":%s,"err":%s' % tuple(json.dumps(name or None) for name in (role, end, err)))
+# ---- times ----
+def time_names(args):
+    return (("TIME",) if args.time else ()) + (("TIME(s)",) if args.timestamp else ())
 
 
-def csv_line(row):
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(row)
-    return text.getvalue()
+def times(args, ts, start, wall):
+    """Returns the columns of -T and -t. ts, start: ns of the kernel's clock; wall: its offset from Unix time."""
+    columns = (time.strftime("%H:%M:%S", time.localtime((ts + wall) // 10 ** 9)),) if args.time else ()
+    return (*columns, "%.3f" % (max(0, ts - start) / 1e9)) if args.timestamp else columns
 
 
-def header(args):
-    names = ("TIME",) * args.time + ("TIME(s)",) * args.timestamp + NAMES + EXTRA_NAMES * args.extra
-    return "" if args.json else csv_line(names) if args.csv else args.form % names
+# ---- output ----
+class Output(threading.Thread):
+    """Writes a text in a thread of its own, so that whoever does not read it holds up nothing else."""
+
+    def __init__(self, fd, text):
+        super().__init__(daemon=True)
+        self.fd = fd
+        self.rest = memoryview(text.encode())
+        self.error = None
+        self.start()
+
+    def run(self):
+        try:
+            while self.rest:
+                self.rest = self.rest[os.write(self.fd, self.rest[:select.PIPE_BUF]):]
+        except OSError as error:
+            self.error = error
 
 
-def line(args, record, start, wall):
-    """Returns one line. start: when tracing started, wall: offset of the kernel's clock from Unix time, both in ns."""
-    born, ready, owner, role, died, tx, rx, netns, laddr, raddr, lport, rport, srtt, retrans, end, err = record
-    laddr, raddr = address(laddr), address(raddr)
-    ip = 6 if ":" in raddr else 4
-    pid, comm, members = owner_text(owner)
-    role, end, json_fate = fate(role, end, err)
-    ms = (died - born if born else max(0, died - start)) / 1e6
-    if args.json:
-        waited = "%.6f" % ((ready - born) / 1e6) if ready else "null"
-        return JSON % ((died + wall) / 1e9, members, ip, laddr, lport, raddr, rport, tx, rx, ms, netns, json_fate,
-                       waited if role == "connect" else "null", waited if role == "accept" else "null",
-                       srtt >> 3 or "null", retrans, "false" if born else "true")
-    row = (pid, comm, ip, laddr, lport, raddr, rport, tx >> 10, rx >> 10, ("%.2f" if born else ">%.2f") % ms)
-    if args.extra:
-        row += (role, "%.2f" % ((ready - born) / 1e6) if ready and role == "connect" else "N/A",
-                "%.2f" % (srtt / 8e3) if srtt else "N/A", retrans, end)
-    if args.timestamp:
-        row = ("%.3f" % (max(0, died - start) / 1e9), *row)
-    if args.time:
-        row = (time.strftime("%H:%M:%S", time.localtime((died + wall) // 10 ** 9)), *row)
-    return csv_line(row) if args.csv else args.form % row
+MESSAGES = []                   # the one that standard error has taken last, if it has, and those that it has not
+
+
+def say(message):
+    """Prints a message on standard error, unless nobody has read the one before. Then the next one says how many."""
+    if MESSAGES and MESSAGES[0].is_alive():
+        return MESSAGES.append(message)
+    text = "%s: %s\n" % (PROGRAM, message)
+    if len(MESSAGES) > 1:
+        text = "%s: %d messages missing here: standard error was full\n%s" % (PROGRAM, len(MESSAGES) - 1, text)
+    MESSAGES[:] = [Output(2, text)]
+    MESSAGES[0].join(0.2)
+
+
+def die(message):
+    say(message)
+    sys.exit(1)
 
 
 def write(text):
     """Prints all of it now. Returns True if the tool is to stop and nobody has read for a second."""
-    data = memoryview(text.encode())
-    while data:
-        if select.select([], [1], [], 1)[1]:
-            data = data[os.write(1, data[:select.PIPE_BUF]):]       # so much never blocks
-        elif signal.sigpending() & STOP_SIGNALS:
-            print("%s: the output was not read to its end" % PROGRAM, file=sys.stderr)
+    output = Output(1, text)
+    while output.is_alive():
+        left = len(output.rest)
+        output.join(1)
+        if output.is_alive() and len(output.rest) == left and signal.sigpending() & STOP_SIGNALS:
+            say("the output was not read to its end")
             return True
+    if output.error:
+        raise output.error
+    return False
 
 
-def report(lost, reported, form="%s: %d %s"):
-    """Prints the losses that have not been reported yet. Returns what has now been reported."""
-    for what, count in lost.items():
-        if count > reported.get(what, 0):
-            with contextlib.suppress(OSError):          # standard error has no reader
-                os.write(2, (form % (PROGRAM, count - reported.get(what, 0), what) + "\n").encode())
-    return lost
+def is_to_stop():
+    """Returns whether a signal has come, --duration has passed or the reader of the output has gone."""
+    output = select.poll()
+    output.register(1, 0)
+    return bool(signal.sigpending() & STOP_SIGNALS or output.poll(0))
 
 
-def trace(args, bpf):
-    """Prints sessions until a signal comes, the time is up or the reader of the output has gone."""
-    read, reader, start, reported, stop = open_events(bpf, RECORD), select.poll(), time.monotonic_ns(), {}, False
-    reader.register(1, 0)
-    signal.setitimer(signal.ITIMER_REAL, args.duration or 0)
-    write(header(args))
-    while not stop:
-        time.sleep(0.1)         # seconds that a line may be late
-        stop = signal.sigpending() & STOP_SIGNALS or reader.poll(0)
-        records = read()
-        if stop and not args.pid:       # sessions that ended before anybody accepted them: their owner is not known
-            records += b"".join(bytes(8) + bytes(event) for event in bpf["unclaimed"].values())
-        wall = time.time_ns() - time.monotonic_ns()     # every time, as the clock may have been set
-        stop = write("".join([line(args, record, start, wall) for record in RECORD.iter_unpack(records)])) or stop
-        reported = report(losses(bpf), reported)
-    report(losses(bpf), {}, "%s: in all %d %s")
-
-
+# ---- main ----
 def main():
     try:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # for --help and --ebpf
         args = parse_args()
         if args.ebpf:
-            return print("/* %s */\n%s" % (" ".join(cflags(args)), bpf_text))
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        trace(args, load(args))
-    except BrokenPipeError:
+            write("/* %s */\n%s" % (" ".join(cflags(args)), program(args)))
+        else:
+            trace(args)
+    except ConnectionError:     # the reader of the output has gone
         pass
     except OSError as error:
-        sys.exit("%s: cannot write the output: %s" % (PROGRAM, error.strerror))
+        if error.errno != errno.EIO or not stat.S_ISCHR(os.fstat(1).st_mode):           # a terminal that has gone
+            die("cannot write the output: %s" % error.strerror)
 
 
 if __name__ == "__main__":

@@ -4,37 +4,40 @@
 #               For Linux, uses bcc, eBPF.
 #
 # usage: tcpv4connect [-h] [-t] [-p PID] [-T] [-U] [-u UID] [-P PORT] [-r] [--failed] [--json] [--netns NETNS]
-#                     [--duration SECONDS] [--probes {tracepoint,kprobe}] [--ebpf] [--version]
+#                     [--duration SECONDS] [--ebpf] [--version]
 #
 # Prints one line for each active IPv4 connection that a process attempts: when it starts, or with -r when its result is
 # known. IPv4 from an IPv6 socket (v4-mapped addresses) is shown too, IPv6 is not.
 #
-# Traces the sock:inet_sock_set_state tracepoint (tcp_set_state() before Linux 4.17), where a socket enters SYN_SENT
-# and, with -r, leaves it, and tcp:tcp_destroy_sock. It enters inside connect(), after a route has been found, so the
-# current process is the one that connects.
+# Traces the tracepoint sock:inet_sock_set_state, where a socket enters SYN_SENT and, with -r, leaves it, and
+# tcp:tcp_destroy_sock. It enters inside connect(), after a route has been found, so the current process is the one that
+# connects.
 #
 # CAVEATS: a connect() that finds no route never gets that far and is not shown.
 
+# ---- starting ----
 import signal
 
-STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGALRM}      # the last one for --duration
-if __name__ == "__main__":      # blocked from here on and polled in trace(): no signal interrupts an import or a line
+# But for those that nohup or trap "" ignores. SIGALRM is for --duration.
+STOP_SIGNALS = {number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+                if signal.getsignal(number) != signal.SIG_IGN} | {signal.SIGALRM}
+if __name__ == "__main__":      # blocked from here on and polled: no signal interrupts an import or a line
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 import argparse
 import contextlib
-import ctypes
 import errno
 import fcntl
-import functools
+import glob
 import json
 import mmap
 import os
 import re
 import select
-import socket
+import stat
 import struct
 import sys
+import threading
 import time
 
 sys.dont_write_bytecode = True
@@ -43,6 +46,11 @@ try:
 except ImportError:
     def compiled(_types, compile_it):   # without it, an ordinary bcc program that needs kernel headers
         return compile_it()
+
+# ---- tcpv4connect ----
+import ctypes
+import functools
+import socket
 
 examples = """examples:
     ./tcpv4connect           # trace all TCP IPv4 connect()s
@@ -54,16 +62,225 @@ examples = """examples:
 """
 
 PROGRAM = "tcpv4connect"
-KERNEL = tuple(int(n) for n in re.findall("[0-9]+", os.uname().release)[:2])
-KERNEL_TYPES = ["tcp_sock", "net"]
-MAX_ATTEMPTS = 1 << 17          # connects under way at once, with -r: 17 MB of kernel memory
-RING_PAGES = (4 << 20) // mmap.PAGESIZE if KERNEL >= (5, 8) else 0      # 4 MiB: a second of the fastest load measured
-PERF_PAGES = (1 << 20) // mmap.PAGESIZE         # per CPU, where there is no ring buffer
-HARMLESS = b"_second", b"_destroy"              # skipping a program whose name ends like this loses nothing
-LOSSES = ["connects lost: the ring buffer was full", "connects lost: the map of attempts was full",
-          "connects lost: their result was not seen", "state changes lost: the kernel did not run the probe"]
+KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "pid", "pid_namespace", "socket", "sock_exterr_skb", "sk_buff"]
+MAX_ATTEMPTS = 1 << 17          # connects under way at once, with -r: 23 MB of kernel memory
+RING_PAGES = (4 << 20) // mmap.PAGESIZE         # 4 MiB: a second of the fastest load measured
+# Names in the C text, where they are numbers in this order, and what is printed.
+LOSSES = {"LOST_EVENT": "connects lost: the ring buffer was full",
+          "LOST_ATTEMPT": "connects lost: the map of attempts was full",
+          "LOST_RESULT": "connects lost: their result was not seen",
+          "SKIPPED": "state changes lost: the kernel did not run the probe"}
+OUTCOMES = {"PENDING": "pending", "OK": "ok", "FAILED": "failed", "QUIT": "quit"}
 
 bpf_text = r"""
+struct event {
+    u64 ts;                     /* bpf_ktime_get_ns() */
+    struct owner owner;
+    u32 uid;
+    struct endpoints ends;
+    u64 decided;
+    u32 outcome, err;           /* OUTCOMES, or if there was an error its number */
+};
+
+BPF_HASH(attempts, struct sock *, struct event, MAX_ATTEMPTS);          /* with -r: not decided yet */
+
+static inline void submit(struct event *e)
+{
+    if (events.ringbuf_output(e, sizeof(*e), BPF_RB_NO_WAKEUP))
+        count_lost(LOST_EVENT);
+}
+
+/* newstate: 0 when the socket is destroyed */
+static inline void decide(struct sock *sk, int newstate)
+{
+    struct event *attempt = attempts.lookup(&sk), e;
+
+    if (!attempt || newstate == TCP_SYN_RECV)       /* both ends have called connect() */
+        return;
+    e = *attempt;
+    attempts.delete(&sk);
+    /* Destroyed, or another socket at this address by now: the result was not seen. */
+    if (!newstate || newstate == TCP_SYN_SENT || e.ends.rport != ntohs(READ(sk, __sk_common.skc_dport)))
+        return count_lost(LOST_RESULT);
+    e.decided = bpf_ktime_get_ns();
+    e.outcome = newstate == TCP_ESTABLISHED ? OK : is_unsent(sk) ? FAILED : QUIT;
+    if (e.outcome != OK)
+        e.err = error_of(sk, TCP_SYN_SENT);
+    if (e.outcome != FAILED)    /* else it has no port, and inet_sport is that of an earlier attempt */
+        e.ends.lport = ntohs(READ((struct inet_sock *)sk, inet_sport));
+    if (e.outcome != OK || !ONLY_FAILED)
+        submit(&e);
+}
+
+/* tcp_v4_connect() has put the addresses into the socket. The local port is only there if it is bound to one. */
+static inline void attempt(struct sock *sk)
+{
+    struct event e = {};
+
+    if (READ(sk, sk_protocol) != IPPROTO_TCP)
+        return;
+    read_endpoints(&e.ends, sk);
+    e.ends.lport = READ(sk, __sk_common.skc_num);
+    if (!IS_IPV4(e.ends.raddr) || !IS_WANTED_PEER(&e.ends))
+        return;
+    set_owner(&e.owner);
+    e.uid = bpf_get_current_uid_gid();
+    if (!IS_WANTED_OWNER(&e.owner) || !IS_WANTED_UID(e.uid))
+        return;
+    e.ts = bpf_ktime_get_ns();
+    if (!RESULTS)
+        submit(&e);
+    else if (attempts.update(&sk, &e))
+        count_lost(LOST_ATTEMPT);
+}
+
+static inline void state_change(void *ctx, struct sock *sk, int oldstate, int newstate)
+{
+    if (RESULTS && (newstate == TCP_SYN_SENT || oldstate == TCP_SYN_SENT || oldstate == TCP_SYN_RECV))
+        decide(sk, newstate);
+    if (newstate == TCP_SYN_SENT)
+        attempt(sk);
+}
+
+static inline void destroyed(struct sock *sk)
+{
+    decide(sk, 0);
+}
+"""
+
+NAMES = "PID", "COMM", "SADDR", "DADDR", "DPORT"
+RESULT_NAMES = "LPORT", "MS", "RESULT"          # with -r
+TEXT = "%-6s %-12.12s %-16s %-16s %s\n"
+RESULT_TEXT = "%-6s %-12.12s %-16s %-16s %-5s %-5s %-9s %s\n"
+JSON = '{"ts":%.6f,%s,"uid":%d,"ip":4,"saddr":"%s","daddr":"%s","dport":%d,"netns":%d%s}\n'
+RESULT_JSON = ',"lport":%s,"ms":%.6f,%s'
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(PROGRAM, description="Trace TCP IPv4 connects",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)
+    add = parser.add_argument
+    add("-t", "--timestamp", action="store_true", help="include timestamp on output")
+    add("-p", "--pid", type=process, help="trace this PID only")
+    add("-T", "--time", action="store_true", help="include time column on output (HH:MM:SS)")
+    add("-U", "--print-uid", action="store_true", help="include UID on output")
+    add("-u", "--uid", type=number(0, 0xffffffff), help="trace this UID only")
+    add("-P", "--port", dest="rport", metavar="PORT", type=ports,
+        help="comma-separated list of destination ports to trace.")
+    add("-r", "--result", action="store_true",
+        help="print each connect when its result is known, with local port, milliseconds and result")
+    add("--failed", action="store_true", help="with -r, trace only connects that do not succeed")
+    add("--json", action="store_true", help="print one JSON object per line, with exact times")
+    add_common(parser)
+    args = parser.parse_args(argv)
+    if args.failed and not args.result:
+        parser.error("--failed needs -r")
+    args.row_format = ("%-8s " if args.time else "") + ("%-8s " if args.timestamp else "")
+    args.row_format += ("%-5s " if args.print_uid else "") + (RESULT_TEXT if args.result else TEXT)
+    return args
+
+
+def orders(args):
+    """Returns which of the programs for state changes are needed. No softirq interrupts connect(), but a result."""
+    return ("first", "second") if args.result or PREEMPTIBLE else ("first",)
+
+
+def cflags(args):
+    """Returns the arguments as macros for the C text. Only numbers get into it."""
+    return flags({
+        **filters(args),
+        "IS_WANTED_UID(uid)": "true" if args.uid is None else "(uid) == %du" % args.uid,
+        "TWO_PROGRAMS": int("second" in orders(args)),
+        "RING_PAGES": RING_PAGES, "RECORD_SIZE": RECORD.size - 8,
+        "MAX_ATTEMPTS": MAX_ATTEMPTS if args.result else 1,
+        "RESULTS": int(args.result), "ONLY_FAILED": int(args.failed),
+    }, LOSSES, OUTCOMES)
+
+
+def program(_args):
+    return shared_text + bpf_text + probes_text
+
+
+def attach(bcc, args):
+    """Returns the BPF object, compiled, loaded and attached."""
+    bpf = bcc.BPF(text=program(args), cflags=cflags(args))
+    attach_state_changes(bpf, orders(args))
+    if args.result:
+        bpf.attach_raw_tracepoint(tp="tcp_destroy_sock", fn_name="tracepoint_destroy")
+    if "second" not in orders(args):
+        HARMLESS.add(b"tracepoint_set_state_first")     # it may be skipped in softirq, where nobody calls connect()
+    return bpf
+
+
+def header(args):
+    names = time_names(args) + (("UID",) if args.print_uid else ()) + NAMES + (RESULT_NAMES if args.result else ())
+    return "" if args.json else args.row_format % names
+
+
+@functools.lru_cache(maxsize=256)
+def result_text(outcome, err):
+    """Returns the result as text and as JSON members."""
+    name = errno.errorcode.get(err, str(err)) if err else None
+    result = name or list(OUTCOMES.values())[outcome]
+    return result, '"result":"%s","err":%s' % (result, json.dumps(name))
+
+
+def line(args, record, start, wall):
+    """Returns one line. start: when tracing started, wall: offset of the kernel's clock from Unix time, both in ns."""
+    ts, owner, uid, laddr, raddr, lport, rport, netns, decided, outcome, err = record
+    pid, comm, json_owner = owner_text(owner)
+    saddr, daddr = address(laddr, netns), address(raddr, netns)
+    if args.result:
+        ms = ((decided or time.monotonic_ns()) - ts) / 1e6
+        result, json_result = result_text(outcome, err)
+    if args.json:
+        more = RESULT_JSON % (lport or "null", ms, json_result) if args.result else ""
+        return JSON % ((ts + wall) / 1e9, json_owner, uid, saddr, daddr, rport, netns, more)
+    row = (pid, comm, saddr, daddr, rport)
+    if args.result:
+        row += (lport or "N/A", "%.2f" % ms, result)
+    if args.print_uid:
+        row = (uid, *row)
+    if args.time or args.timestamp:
+        row = times(args, ts, start, wall) + row
+    return args.row_format % row
+
+
+def under_way(bpf):
+    """Returns the connects whose result is not known yet, as records."""
+    return [RECORD.unpack(bytes(8) + bytes(event)) for event in bpf["attempts"].values()]
+
+
+def trace(args):
+    """Prints connects until a signal comes, the time is up or the reader of the output has gone."""
+    bpf = load(args)
+    read = open_events(bpf, RECORD)
+    start = time.monotonic_ns()
+    write(header(args))
+    stop = False
+    while not stop:
+        time.sleep(0.1)         # seconds that a line may be late
+        stop = is_to_stop()
+        # At the end, what is under way. What is decided just now is in both, with the same up to the addresses.
+        attempts = under_way(bpf) if stop and args.result else []
+        records = list(RECORD.iter_unpack(read()))
+        if attempts:
+            decided = {record[:5] for record in records}
+            records += sorted({record[:5]: record for record in attempts if record[:5] not in decided}.values())
+        wall = time.time_ns() - time.monotonic_ns()     # every time, as the clock may have been set
+        stop = write("".join([line(args, record, start, wall) for record in records])) or stop
+        report(bpf)
+    report(bpf, in_all=True)
+
+
+# -------- Shared from here on: a part has the same text in every tool that has it, to the letter (make same) --------
+
+shared_text = r"""
+/* ---- members ---- */
+#include <linux/errqueue.h>
+#include <linux/fdtable.h>
+#include <linux/net.h>
+#include <linux/pid_namespace.h>
 #include <linux/tcp.h>
 #include <net/sock.h>
 
@@ -74,30 +291,8 @@ bpf_text = r"""
     value;                                                                  \
 })
 
-struct owner {
-    u32 pid;                    /* 0: not known */
-    char comm[TASK_COMM_LEN];
-};
-
-struct event {                  /* as RECORD below */
-    u64 ts;                     /* bpf_ktime_get_ns() */
-    struct owner owner;
-    u32 uid, netns;
-    u32 saddr, daddr;
-    u16 dport, lport;
-    u64 decided;                /* 0: not yet */
-    s64 result;                 /* 0: connected, an errno, -1: given up, -2: connect() has failed at once */
-};
-
-enum { LOST_EVENT, LOST_ATTEMPT, LOST_RESULT, RESCUED, COUNTERS };      /* as LOSSES above */
-
-BPF_HASH(attempts, struct sock *, struct event, MAX_ATTEMPTS);          /* not decided yet, with RESULTS */
-BPF_ARRAY(lost, u64, COUNTERS);
-#if RING_PAGES
-BPF_RINGBUF_OUTPUT(events, RING_PAGES);
-#else
-BPF_PERF_OUTPUT(events);
-#endif
+/* ---- losses ---- */
+BPF_ARRAY(lost, u64, STARTED + 1);
 
 static inline void count_lost(int what)
 {
@@ -107,151 +302,190 @@ static inline void count_lost(int what)
         __sync_fetch_and_add(n, 1);
 }
 
+/* ---- marks ---- */
 /*
- * The kernel skips a program that is already running on this CPU: for a process that preempts it (since 7.0) and for a
- * softirq that interrupts it, which matters to RESULTS only. For these there is a second program, which handles what
- * the first was skipped for. What the first has handled is marked until the second has run.
+ * The kernel skips a program that is already running on this CPU (since 6.1): it would miss the events of a softirq
+ * that interrupts it and, since 7.0, those of a process that preempts it. So a second program runs right after the
+ * first one, for the same event. If the first has left a mark, it did the work; if not, it was skipped.
+ *
+ * A mark belongs to the place of ctx on the kernel stack. That is the same for both programs, and another one for all
+ * else that runs or waits at that time. Where the mark of a place is taken by another one, the second does the work.
  */
-#if TWO_PROGRAMS
-BPF_TABLE("lru_hash", u64, u8, marks, 1 << 14);         /* not per CPU: a preempted process may move to another one */
+struct mark {
+    u64 place, event;           /* event: 0 if the mark is free */
+};
+
+#if PREEMPTIBLE                 /* between the two, the process may lose its CPU and go on on another one */
+BPF_HASH(marks, u32, struct mark, MAX_MARKS);
+#else
+BPF_PERCPU_ARRAY(marks, struct mark, MAX_MARKS);
+#endif
 
 static inline bool is_mine(void *ctx, u64 event, bool first)
 {
-    u8 one = 1;
+    int started = STARTED;
+    u64 *has_started = lost.lookup(&started);
+    u64 place = ctx - (void *)has_started;      /* a number: the verifier does not let ctx itself be stored */
+    u32 key = place * 0x9e3779b97f4a7c15 >> 32;
+    struct mark *mark, new = {};
 
-    if (first)
-        marks.update(&event, &one);
-    else if (!marks.delete(&event))
+    if (!has_started || !*has_started)          /* the other program may not be attached yet */
         return false;
-    else
-        count_lost(RESCUED);
+    if (!PREEMPTIBLE)
+        key %= MAX_MARKS;
+    else if (first && !marks.lookup(&key))
+        marks.update(&key, &new);
+    mark = marks.lookup(&key);
+    if (first) {
+        if (!mark || (mark->event && mark->place != place)) {
+            count_lost(SKIPPED);
+            return false;
+        }
+        mark->place = place;
+        mark->event = event;
+        return true;
+    }
+    if (mark && mark->place == place && mark->event == event) {
+        mark->event = 0;
+        return false;
+    }
+    count_lost(RESCUED);
     return true;
 }
-#else
-#define is_mine(ctx, event, first) true      /* connect() runs in no interrupt, and only the first is attached */
-#endif
 
-/* MPTCP's own sockets and SCTP's report their states here too; MPTCP's subflows are TCP. */
-static inline u16 protocol_of(struct sock *sk)
+/* ---- owners ---- */
+struct owner {
+    u32 pid;                    /* 0: not known */
+    char comm[TASK_COMM_LEN];
+};
+
+/* The process ID that /proc shows where the tool runs; 0 for a process outside of that PID namespace. */
+static inline u32 pid_of(struct task_struct *task)
 {
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(5, 6, 0)       /* a bit field before, and no MPTCP */
-    return READ(sk, sk_protocol);
+#if PIDNS
+    struct pid *pid = READ(READ(task, group_leader), thread_pid);
+    u32 level, levels = READ(pid, level);
+    struct upid number;
+
+    for (level = 0; level <= levels && level <= 32; level++) {          /* MAX_PID_NS_LEVEL */
+        bpf_probe_read_kernel(&number, sizeof(number), &pid->numbers[level]);
+        if (READ(number.ns, ns.inum) == PIDNS)
+            return number.nr;
+    }
+    return 0;
 #else
-    return IPPROTO_TCP;
+    return bpf_get_current_pid_tgid() >> 32;
 #endif
 }
 
 /* To be called only where the current process is the one that uses the socket. */
 static inline void set_owner(struct owner *o)
 {
-#if PIDNS
-    struct bpf_pidns_info ns = {};
+    struct task_struct *task = (struct task_struct *)bpf_get_current_task();
+    u32 flags = READ(task, flags);
 
-    bpf_get_ns_current_pid_tgid(PIDNS_DEV, PIDNS, &ns, sizeof(ns));
-    o->pid = ns.tgid;           /* 0 for a process of another namespace */
-#else
-    o->pid = bpf_get_current_pid_tgid() >> 32;
-#endif
-    bpf_get_current_comm(&o->comm, sizeof(o->comm));
-}
-
-static inline void output(void *ctx, struct event *e)
-{
-#if RING_PAGES
-    if (events.ringbuf_output(e, sizeof(*e), BPF_RB_NO_WAKEUP))     /* no wake-up: the reader polls */
-#else
-    if (events.perf_submit(ctx, e, sizeof(*e)))
-#endif
-        count_lost(LOST_EVENT);
-}
-
-/* newstate: 0 when the socket is destroyed */
-static inline void decide(void *ctx, struct sock *sk, int newstate)
-{
-    struct event *attempt = attempts.lookup(&sk), e;
-
-    if (!attempt || newstate == TCP_SYN_RECV)       /* both ends have called connect() */
+    if (flags & PF_KTHREAD)     /* closes for others: MPTCP's worker, io_uring's, the collector of Unix sockets */
         return;
-    e = *attempt;
-    attempts.delete(&sk);
-    /* Destroyed, or another socket at this address by now: the result was not seen. */
-    if (!newstate || newstate == TCP_SYN_SENT || e.dport != ntohs(READ(sk, __sk_common.skc_dport)))
-        return count_lost(LOST_RESULT);
-    e.decided = bpf_ktime_get_ns();
-    e.lport = ntohs(READ((struct inet_sock *)sk, inet_sport));
-    /* No error: close() or shutdown(), or connect() itself failed, for lack of a port for example. */
-    if (newstate != TCP_ESTABLISHED)
-        e.result = READ(sk, sk_err) ?: READ((struct tcp_sock *)sk, segs_out) ? -1 : -2;
-    if (e.result || !ONLY_FAILED)
-        output(ctx, &e);
+    o->pid = pid_of(task);
+    if (flags & PF_IO_WORKER)   /* a thread of the process that io_uring has named iou-wrk-PID */
+        bpf_probe_read_kernel(&o->comm, sizeof(o->comm), &READ(task, group_leader)->comm);
+    else
+        bpf_get_current_comm(&o->comm, sizeof(o->comm));
 }
 
-static inline void state_change(void *ctx, struct sock *sk, int oldstate, int newstate)
+/* ---- endpoints ---- */
+struct address {
+    u32 word[4];                /* as sent; IPv4 as ::ffff:a.b.c.d */
+    u32 scope;                  /* the interface that the socket is bound to */
+};
+
+struct endpoints {
+    struct address laddr, raddr;
+    u16 lport, rport;
+    u32 netns;
+};
+
+#define IS_IPV4(address) (!(address).word[0] && !(address).word[1] && (address).word[2] == htonl(0xffff))
+
+static inline void read_endpoints(struct endpoints *e, struct sock *sk)
 {
-    struct event e = {};
     struct sock_common c;
-    u32 *daddr6 = c.skc_v6_daddr.in6_u.u6_addr32;
 
-    if (RESULTS && (newstate == TCP_SYN_SENT || oldstate == TCP_SYN_SENT || oldstate == TCP_SYN_RECV))
-        decide(ctx, sk, newstate);
-    if (newstate != TCP_SYN_SENT || protocol_of(sk) != IPPROTO_TCP)
-        return;
-    /* tcp_v4_connect() has put the addresses into the socket; the source port comes later. */
     bpf_probe_read_kernel(&c, sizeof(c), &sk->__sk_common);
-    if (c.skc_family != AF_INET && (daddr6[0] || daddr6[1] || daddr6[2] != htonl(0xffff)))
-        return;
-    set_owner(&e.owner);
-    e.uid = bpf_get_current_uid_gid();
-    e.netns = READ(c.skc_net.net, ns.inum);
-    e.dport = ntohs(c.skc_dport);
-    if ((FILTER_PID && e.owner.pid != FILTER_PID) || (FILTER_NETNS && e.netns != FILTER_NETNS) ||
-        !IS_WANTED_UID(e.uid) || !IS_WANTED_PORT(e.dport))
-        return;
-    e.ts = bpf_ktime_get_ns();
-    e.saddr = c.skc_rcv_saddr;
-    e.daddr = c.skc_daddr;
-    if (!RESULTS)
-        output(ctx, &e);
-    else if (attempts.update(&sk, &e))
-        count_lost(LOST_ATTEMPT);
+    __builtin_memset(e, 0, sizeof(*e));
+    e->netns = READ(c.skc_net.net, ns.inum);
+    if (c.skc_family == AF_INET) {
+        e->laddr.word[2] = e->raddr.word[2] = htonl(0xffff);
+        e->laddr.word[3] = c.skc_rcv_saddr;
+        e->raddr.word[3] = c.skc_daddr;
+    } else {
+        __builtin_memcpy(e->laddr.word, &c.skc_v6_rcv_saddr, sizeof(e->laddr.word));
+        __builtin_memcpy(e->raddr.word, &c.skc_v6_daddr, sizeof(e->raddr.word));
+        e->laddr.scope = e->raddr.scope = c.skc_bound_dev_if;
+    }
+    /* skc_num is 0 once the socket has left the port's hash table, which is before CLOSE. inet_sport stays. */
+    e->lport = ntohs(READ((struct inet_sock *)sk, inet_sport));
+    e->rport = ntohs(c.skc_dport);
 }
 
+/* ---- sockets ---- */
+/* Whether connect() failed before it sent a SYN, for lack of a port for example. TCP Fast Open may defer the SYN. */
+static inline bool is_unsent(struct sock *sk)
+{
+    return !READ((struct tcp_sock *)sk, segs_out) && READ(READ(sk, sk_socket), state) == SS_UNCONNECTED;
+}
+
+/*
+ * The socket's error, 0 for none. An ICMP error that comes while connect() holds the lock reaches the caller by the
+ * error queue only; sk_err_soft has it until getsockopt(SO_ERROR) takes it from there.
+ */
+static inline int error_of(struct sock *sk, int oldstate)
+{
+    int err = READ(sk, sk_err);
+    struct sock_exterr_skb *last;
+    u8 origin;
+
+    if (err || oldstate != TCP_SYN_SENT || !READ(sk, sk_error_queue.qlen))
+        return err;
+    last = (struct sock_exterr_skb *)READ(sk, sk_error_queue.prev)->cb;
+    origin = READ(last, ee.ee_origin);
+    return origin == SO_EE_ORIGIN_ICMP || origin == SO_EE_ORIGIN_ICMP6 ? READ(last, ee.ee_errno) : 0;
+}
+
+/* ---- ring buffer ---- */
+BPF_RINGBUF_OUTPUT(events, RING_PAGES);
+"""
+
+probes_text = r"""
+/* ---- state changes ---- */
 static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
 {
-    /* An event is a socket and its new state, which goes into the top byte of the address, always 0xff. */
-    if (is_mine(ctx, ctx->args[0] ^ ctx->args[2] << 56, first))
+    /* An event is a socket and its new state, which goes into the top byte of the address: the same for all sockets. */
+    if (!TWO_PROGRAMS || is_mine(ctx, ctx->args[0] ^ ctx->args[2] << 56, first))
         state_change(ctx, (struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
     return 0;
 }
 
 int tracepoint_set_state_first(struct bpf_raw_tracepoint_args *ctx) { return set_state(ctx, true); }
 int tracepoint_set_state_second(struct bpf_raw_tracepoint_args *ctx) { return set_state(ctx, false); }
-int tracepoint_destroy(struct bpf_raw_tracepoint_args *ctx) { decide(ctx, (struct sock *)ctx->args[0], 0); return 0; }
+int tracepoint_destroy(struct bpf_raw_tracepoint_args *ctx) { destroyed((struct sock *)ctx->args[0]); return 0; }
 
-int kprobe_set_state(struct pt_regs *ctx, struct sock *sk, int newstate)
-{
-    state_change(ctx, sk, READ(sk, __sk_common.skc_state), newstate);
-    return 0;
-}
-
-int kprobe_destroy(struct pt_regs *ctx, struct sock *sk) { decide(ctx, sk, 0); return 0; }
+/* ---- records ---- */
+_Static_assert(sizeof(struct event) == RECORD_SIZE, "struct event has gaps, or a member of a type that FORMATS lacks");
 """
 
-# struct event, behind the ring buffer's own header of a record (length and flags, page offset)
-RECORD = struct.Struct("=8xQ20sII4s4sHHQq")
-RESULTS = "ok", "failed", "quit"        # 0, -2, -1
-ipv4 = functools.lru_cache(maxsize=1024)(socket.inet_ntoa)
-TEXT = "%-6s %-12.12s %-16s %-16s %s\n", "%-6s %-12.12s %-16s %-16s %-5s %-5s %-9s %s\n"     # without and with -r
-JSON = '{"ts":%.6f,%s,"uid":%d,"ip":4,"saddr":"%s","daddr":"%s","dport":%d,"netns":%d%s}\n'
-
-
+# ---- arguments ----
 def number(low, high, kind=int):
     """Returns a converter for argparse: a number from low to high in plain digits, as an int or a float."""
-    def number(text):
+    def number_from(text):
         if not re.fullmatch(r"\d+" if kind is int else r"\d*\.?\d+", text, re.A) or not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError("not a number from %s to %s: %r" % (low, high, text))
         return kind(text)
-    return number
+    return number_from
+
+
+def ports(text):
+    return [number(1, 65535)(port) for port in text.split(",")]
 
 
 def process(text):
@@ -266,99 +500,121 @@ def process(text):
 
 def netns(text):
     """Returns the inode number of a network namespace, given as such, as a path or as a name from `ip netns list`."""
-    if text.isdecimal():
-        return number(1, 0xffffffff)(text)
     path = text if "/" in text else "/run/netns/" + text
-    with contextlib.suppress(OSError), open(path, opener=lambda name, how: os.open(name, how | os.O_NONBLOCK)) as file:
-        if fcntl.ioctl(file, 0xb703) == 0x40000000:         # NS_GET_NSTYPE, CLONE_NEWNET
-            return os.fstat(file.fileno()).st_ino
+    if text.isdecimal() and not os.path.exists(path):
+        try:
+            path = netns_path(number(1, 0xffffffff)(text))
+        except PermissionError:         # not root: whether there is one cannot be known
+            return int(text)
+    with contextlib.suppress(OSError):
+        namespace = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        if fcntl.ioctl(namespace, 0xb703) == 0x40000000:    # NS_GET_NSTYPE, CLONE_NEWNET
+            return os.fstat(namespace).st_ino               # left open: nobody else gets this number
     raise argparse.ArgumentTypeError("not a network namespace: %r" % text)
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(PROGRAM, description="Trace TCP IPv4 connects",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)
+def netns_path(inode):
+    """Returns a path to the network namespace with this inode number, "" if it has none. Raises PermissionError."""
+    for path in [*glob.iglob("/run/netns/*"), *glob.iglob("/proc/[0-9]*/ns/net")]:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):       # it has ended
+            if os.stat(path).st_ino == inode:
+                return path
+    return ""
+
+
+def add_common(parser, *netns_names):
+    """Adds what all tools have. netns_names: further names of --netns."""
     add = parser.add_argument
-    add("-t", "--timestamp", action="store_true", help="include timestamp on output")
-    add("-p", "--pid", type=process, help="trace this PID only")
-    add("-T", "--time", action="store_true", help="include time column on output (HH:MM:SS)")
-    add("-U", "--print-uid", action="store_true", help="include UID on output")
-    add("-u", "--uid", type=number(0, 0xffffffff), help="trace this UID only")
-    add("-P", "--port", type=lambda text: [number(1, 65535)(port) for port in text.split(",")],
-        help="comma-separated list of destination ports to trace.")
-    add("-r", "--result", action="store_true",
-        help="print each connect when its result is known, with local port, milliseconds and result")
-    add("--failed", action="store_true", help="with -r, trace only connects that do not succeed")
-    add("--json", action="store_true", help="print one JSON object per line, with exact times")
-    add("--netns", type=netns, help="trace this network namespace only: inode number, path or name")
+    add(*netns_names, "--netns", type=netns, help="trace this network namespace only: inode number, path or name")
     add("--duration", metavar="SECONDS", type=number(0.001, 1e9, float), help="exit after this many seconds")
-    add("--probes", choices=("tracepoint", "kprobe"), help="use this kind of probe only (default: the tracepoint)")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     add("--version", action="version", version="%(prog)s 1.0")
     parser.print_help = lambda: write(parser.format_help())     # argparse's own would fail only at exit
-    args = parser.parse_args(argv)
-    if args.failed and not args.result:
-        parser.error("--failed needs -r")
-    args.two_programs = args.result or KERNEL >= (7, 0)
-    args.form = args.time * "%-8s " + args.timestamp * "%-8s " + args.print_uid * "%-5s " + TEXT[args.result]
-    return args
 
 
-def pid_namespace():
-    """Returns macros for the PID namespace in which the tool runs: 0 for the initial one."""
-    namespace = os.stat("/proc/self/ns/pid")
-    is_initial = namespace.st_ino == 0xeffffffc         # PROC_PID_INIT_INO, include/linux/proc_ns.h
-    if KERNEL < (5, 7) and not is_initial:
-        print("%s: before Linux 5.7 the PIDs are the host's, not this PID namespace's" % PROGRAM, file=sys.stderr)
-    return {"PIDNS": 0 if is_initial or KERNEL < (5, 7) else namespace.st_ino, "PIDNS_DEV": os.minor(namespace.st_dev)}
+# ---- filters ----
+def any_of(condition, values):
+    """Returns a C expression that is true if the condition holds for one of the values, or if there are none."""
+    return " || ".join([condition % value for value in values or []]) or "true"
 
 
-def cflags(args):
-    """Returns the arguments as macros for the C text. Only numbers get into it."""
-    macros = {
-        **pid_namespace(),
-        "TWO_PROGRAMS": int(args.two_programs),
-        "RING_PAGES": RING_PAGES,
-        "RESULTS": int(args.result), "ONLY_FAILED": int(args.failed),
-        "MAX_ATTEMPTS": MAX_ATTEMPTS if args.result else 1,
-        "FILTER_PID": args.pid or 0,
-        "IS_WANTED_UID(uid)": "true" if args.uid is None else "uid == %du" % args.uid,
-        "FILTER_NETNS": args.netns or 0,
-        "IS_WANTED_PORT(port)": " || ".join("(port) == %d" % port for port in args.port or []) or "true",
-    }
+def filters(args, *peer):
+    """Returns the options that filter as macros: C expressions that are true for what is wanted. peer: more of them."""
+    option = vars(args).get
+    peer += (any_of("(e)->netns == %d", args.netns and [args.netns]), any_of("(e)->rport == %d", option("rport")),
+             "IS_IPV4((e)->raddr)" if option("ipv4") else "!IS_IPV4((e)->raddr)" if option("ipv6") else "true")
+    return {"IS_WANTED_OWNER(o)": any_of("(o)->pid == %d", args.pid and [args.pid]),
+            "IS_WANTED_PEER(e)": " && ".join(["(%s)" % condition for condition in peer]),
+            "IS_WANTED_LPORT(port)": any_of("(port) == %d", option("lport")),
+            "FILTERS": int(set(peer) != {"true"} or bool(option("lport")))}
+
+
+# ---- compiling ----
+KERNEL = tuple(int(n) for n in re.findall("[0-9]+", os.uname().release)[:2])
+# "tracing: Guard __DECLARE_TRACE() use of __DO_TRACE_CALL() with SRCU-fast": a process may preempt another's program.
+PREEMPTIBLE = KERNEL >= (7, 0)
+MAX_MARKS = 1 << 14 if PREEMPTIBLE else 1 << 8  # of all CPUs: 1 MB of kernel memory, or of each: 4 KB
+
+
+def flags(macros, *enums):
+    """Returns compiler flags: the macros, and each name in an enum as its place there."""
+    macros.setdefault("TWO_PROGRAMS", 1)
+    for names in enums:
+        macros.update(zip(names, range(len(names))))
+    macros.update(PIDNS=pid_namespace(), PREEMPTIBLE=int(PREEMPTIBLE), MAX_MARKS=MAX_MARKS,
+                  RESCUED=len(LOSSES), STARTED=len(LOSSES) + 1)
     return ["-g0"] + ["-D%s=(%s)" % item for item in macros.items()]    # no debug information: starts 10 % faster
 
 
-def attach(bcc, args):
-    """Returns the BPF object, compiled, loaded and attached."""
-    bpf = bcc.BPF(text=bpf_text, cflags=cflags(args))
-    if args.probes == "kprobe" or KERNEL < (4, 17):
-        bpf.attach_kprobe(event="tcp_set_state", fn_name="kprobe_set_state")
-        if args.result:
-            bpf.attach_kprobe(event="tcp_v4_destroy_sock", fn_name="kprobe_destroy")
-    else:
-        for fn_name in ["tracepoint_set_state_first"] + ["tracepoint_set_state_second"] * args.two_programs:
-            bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name=fn_name)
-            bpf.raw_tracepoint_fds.clear()      # bcc refuses a second program on a raw tracepoint it knows of
-        if args.result:
-            bpf.attach_raw_tracepoint(tp="tcp_destroy_sock", fn_name="tracepoint_destroy")
-    if not args.two_programs:
-        bpf.funcs.clear()       # losses() has nothing to count: only state changes in softirq are skipped, no connects
-    return bpf
+def pid_namespace():
+    """Returns the inode number of the PID namespace whose numbers /proc shows; 0 for the initial one."""
+    inode = os.stat("/proc/self/ns/pid").st_ino
+    with contextlib.suppress(OSError):          # only root may look at process 1, of whose namespace /proc is
+        inode = os.stat("/proc/1/ns/pid").st_ino
+    return 0 if inode == 0xeffffffc else inode          # PROC_PID_INIT_INO, include/linux/proc_ns.h
 
 
 def load(args):
-    """Returns what attach() returns, or exits with one line that says what to do."""
+    """Returns what attach() returns, or exits with one line that says what to do. --duration counts from here."""
+    if KERNEL < (5, 10):
+        die("needs Linux 5.10 or later")
     if sys.stdout is None or sys.stderr is None:        # else a BPF map would become descriptor 1 or 2
-        sys.exit("%s: standard output or standard error is closed" % PROGRAM)
+        die("standard output or standard error is closed")
     try:
         import bcc
-        return compiled(KERNEL_TYPES, lambda: attach(bcc, args))
+        bpf = compiled(KERNEL_TYPES, lambda: attach(bcc, args))
     except ImportError as error:
-        sys.exit("%s: %s: %s has no bcc: install python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora)"
-                 % (PROGRAM, error, sys.executable))
+        die("%s: %s has no bcc: install python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora)"
+            % (error, sys.executable))
     except Exception as error:
-        sys.exit("%s: cannot trace: %s" % (PROGRAM, error))
+        die("cannot trace: %s" % error)
+    counters = bpf["lost"]
+    counters[len(LOSSES) + 1] = counters.Leaf(1)        # STARTED
+    report(bpf)                 # what was skipped before does not count
+    signal.setitimer(signal.ITIMER_REAL, args.duration or 0)
+    return bpf
+
+
+# ---- state changes ----
+def attach_state_changes(bpf, orders=("first", "second")):
+    for order in orders:
+        bpf.attach_raw_tracepoint(tp="inet_sock_set_state", fn_name="tracepoint_set_state_" + order)
+        bpf.raw_tracepoint_fds.clear()          # bcc refuses a second program on a raw tracepoint it knows of
+
+
+# ---- ring buffer ----
+FORMATS = {"u8": "B", "u16": "H", "u32": "I", "s32": "i", "u64": "Q", "s64": "q", "struct owner": "20s",
+           "struct address": "20s"}
+
+
+def layout(name):
+    """Returns the members of a struct in the C text, but for arrays, in the format of struct.Struct."""
+    body = re.search(r"(?ms)^struct %s \{$(.*?)^\};" % name, shared_text + bpf_text)[1]
+    members = re.findall(r"(?m)^ +((?:struct )?\w+) ([\w, ]+);", body)
+    return "".join([(FORMATS.get(kind) or layout(kind[7:])) * len(names.split(",")) for kind, names in members])
+
+
+RECORD = struct.Struct("=8x" + layout("event"))         # behind the ring buffer's own header of a record
 
 
 def open_events(bpf, record):
@@ -368,18 +624,6 @@ def open_events(bpf, record):
     Documentation/bpf/ringbuf.rst): a page with the consumer's position, one with the producer's, then the data, mapped
     twice in a row so that no record is ever split.
     """
-    if not RING_PAGES:
-        records = []
-        bpf["events"].open_perf_buffer(
-            lambda cpu, data, size: records.append(bytes(8) + ctypes.string_at(data, record.size - 8)),
-            page_cnt=PERF_PAGES, lost_cb=lambda count: None)        # the probe has counted them
-
-        def poll():
-            records.clear()
-            bpf.perf_buffer_poll(0)
-            return b"".join(records)
-        return poll
-
     page, size = mmap.PAGESIZE, RING_PAGES * mmap.PAGESIZE
     consumer = mmap.mmap(bpf["events"].map_fd, page)
     ring = memoryview(mmap.mmap(bpf["events"].map_fd, page + 2 * size, prot=mmap.PROT_READ, offset=page))
@@ -400,15 +644,50 @@ def open_events(bpf, record):
     return read
 
 
-def losses(bpf):
-    """Returns {what was lost: how often since the start}."""
-    skipped = 0                 # how often a program was not run because it was running already (since Linux 5.12)
+# ---- losses ----
+LOST = {}                       # what: how often since the start, as far as it is certain. No number ever falls.
+SKIPS = []                      # how often programs had been skipped at the start, and when this was last asked
+# A program that may be skipped: the first ones handle the same events, and what is left of a socket is dropped later.
+HARMLESS = {b"tracepoint_set_state_second", b"tracepoint_accept_second", b"tracepoint_destroy"}
+
+
+def report(bpf, in_all=False):
+    """Prints what has been lost since the last call, and at the end what has been lost in all."""
+    *counts, skipped, rescued, _ = (count.value for count in bpf["lost"].values())
     for name, function in bpf.funcs.items():
-        if not name.endswith(HARMLESS):
+        if name not in HARMLESS:
             with open("/proc/self/fdinfo/%d" % function.fd) as info:
                 skipped += sum(int(n) for n in re.findall(r"recursion_misses:\s*(\d+)", info.read()))
-    *counts, rescued = (count.value for count in bpf["lost"].values())      # read last: skipped comes before rescued
-    return dict(zip(LOSSES, [*counts, skipped - rescued]))
+    if not SKIPS:
+        SKIPS[:] = skipped - rescued, skipped
+    # What was skipped up to the last call and is not rescued by now: the second program runs right after the first.
+    counts.append(SKIPS[1] - SKIPS[0] - rescued)
+    SKIPS[1] = skipped
+    for what, count in zip(LOSSES.values(), counts):
+        if count > LOST.setdefault(what, 0):
+            say("%d %s" % (count - LOST[what], what))
+            LOST[what] = count
+    if in_all:
+        report(bpf)
+        for what, count in LOST.items():
+            if count:
+                say("in all %d %s" % (count, what))
+
+
+# ---- text ----
+@functools.lru_cache(maxsize=1024)
+def address(packed, netns):
+    """Returns the text of struct address, with the interface of a link-local one; its number, if in another netns."""
+    if packed.startswith(bytes(10) + b"\xff\xff"):
+        return socket.inet_ntop(socket.AF_INET, packed[12:16])
+    text, scope = socket.inet_ntop(socket.AF_INET6, packed[:16]), int.from_bytes(packed[16:], sys.byteorder)
+    if not scope or packed[0] != 0xfe or packed[1] & 0xc0 != 0x80:
+        return text
+    with contextlib.suppress(OSError):          # the interface has gone
+        name = socket.if_indextoname(scope)
+        if netns == os.stat("/proc/self/ns/net").st_ino and re.fullmatch(r"[\w.-]+", name, re.A):
+            return "%s%%%s" % (text, name)
+    return "%s%%%d" % (text, scope)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -426,87 +705,89 @@ def owner_text(packed):
             '"pid":%d,"comm":%s%s' % (pid, json.dumps(text), comm_hex))
 
 
-def header(args):
-    names = ("TIME",) * args.time + ("TIME(s)",) * args.timestamp + ("UID",) * args.print_uid
-    names += ("PID", "COMM", "SADDR", "DADDR", "DPORT") + ("LPORT", "MS", "RESULT") * args.result
-    return "" if args.json else args.form % names
+# ---- times ----
+def time_names(args):
+    return (("TIME",) if args.time else ()) + (("TIME(s)",) if args.timestamp else ())
 
 
-def line(args, record, start, wall):
-    """Returns one line. start: when tracing started, wall: offset of the kernel's clock from Unix time, both in ns."""
-    ts, owner, uid, netns, saddr, daddr, dport, lport, decided, code = record
-    pid, comm, members = owner_text(owner)
-    saddr, daddr, outcome = ipv4(saddr), ipv4(daddr), ""
-    if args.result:
-        ms = ((decided or time.monotonic_ns()) - ts) / 1e6
-        err = errno.errorcode.get(code, str(code)) if code > 0 else None
-        result = (err or RESULTS[code]) if decided else "pending"
-        outcome = (',"lport":%s,"ms":%.6f,"result":"%s","err":%s' % (lport or "null", ms, result, json.dumps(err))
-                   if args.json else (lport or "N/A", "%.2f" % ms, result))
-    if args.json:
-        return JSON % ((ts + wall) / 1e9, members, uid, saddr, daddr, dport, netns, outcome)
-    row = (pid, comm, saddr, daddr, dport, *outcome)
-    if args.print_uid:
-        row = (uid, *row)
-    if args.timestamp:
-        row = ("%.3f" % (max(0, ts - start) / 1e9), *row)
-    if args.time:
-        row = (time.strftime("%H:%M:%S", time.localtime((ts + wall) // 10 ** 9)), *row)
-    return args.form % row
+def times(args, ts, start, wall):
+    """Returns the columns of -T and -t. ts, start: ns of the kernel's clock; wall: its offset from Unix time."""
+    columns = (time.strftime("%H:%M:%S", time.localtime((ts + wall) // 10 ** 9)),) if args.time else ()
+    return (*columns, "%.3f" % (max(0, ts - start) / 1e9)) if args.timestamp else columns
+
+
+# ---- output ----
+class Output(threading.Thread):
+    """Writes a text in a thread of its own, so that whoever does not read it holds up nothing else."""
+
+    def __init__(self, fd, text):
+        super().__init__(daemon=True)
+        self.fd = fd
+        self.rest = memoryview(text.encode())
+        self.error = None
+        self.start()
+
+    def run(self):
+        try:
+            while self.rest:
+                self.rest = self.rest[os.write(self.fd, self.rest[:select.PIPE_BUF]):]
+        except OSError as error:
+            self.error = error
+
+
+MESSAGES = []                   # the one that standard error has taken last, if it has, and those that it has not
+
+
+def say(message):
+    """Prints a message on standard error, unless nobody has read the one before. Then the next one says how many."""
+    if MESSAGES and MESSAGES[0].is_alive():
+        return MESSAGES.append(message)
+    text = "%s: %s\n" % (PROGRAM, message)
+    if len(MESSAGES) > 1:
+        text = "%s: %d messages missing here: standard error was full\n%s" % (PROGRAM, len(MESSAGES) - 1, text)
+    MESSAGES[:] = [Output(2, text)]
+    MESSAGES[0].join(0.2)
+
+
+def die(message):
+    say(message)
+    sys.exit(1)
 
 
 def write(text):
     """Prints all of it now. Returns True if the tool is to stop and nobody has read for a second."""
-    data = memoryview(text.encode())
-    while data:
-        if select.select([], [1], [], 1)[1]:
-            data = data[os.write(1, data[:select.PIPE_BUF]):]       # so much never blocks
-        elif signal.sigpending() & STOP_SIGNALS:
-            print("%s: the output was not read to its end" % PROGRAM, file=sys.stderr)
+    output = Output(1, text)
+    while output.is_alive():
+        left = len(output.rest)
+        output.join(1)
+        if output.is_alive() and len(output.rest) == left and signal.sigpending() & STOP_SIGNALS:
+            say("the output was not read to its end")
             return True
+    if output.error:
+        raise output.error
+    return False
 
 
-def report(lost, reported, form="%s: %d %s"):
-    """Prints the losses that have not been reported yet. Returns what has now been reported."""
-    for what, count in lost.items():
-        if count > reported.get(what, 0):
-            with contextlib.suppress(OSError):          # standard error has no reader
-                os.write(2, (form % (PROGRAM, count - reported.get(what, 0), what) + "\n").encode())
-    return lost
+def is_to_stop():
+    """Returns whether a signal has come, --duration has passed or the reader of the output has gone."""
+    output = select.poll()
+    output.register(1, 0)
+    return bool(signal.sigpending() & STOP_SIGNALS or output.poll(0))
 
 
-def trace(args, bpf):
-    """Prints connects until a signal comes, the time is up or the reader of the output has gone."""
-    read, reader, start, reported, stop = open_events(bpf, RECORD), select.poll(), time.monotonic_ns(), {}, False
-    reader.register(1, 0)
-    signal.setitimer(signal.ITIMER_REAL, args.duration or 0)
-    write(header(args))
-    while not stop:
-        time.sleep(0.1)         # seconds that a line may be late
-        stop = signal.sigpending() & STOP_SIGNALS or reader.poll(0)
-        under_way = [bytes(8) + bytes(event) for event in bpf["attempts"].values()] if stop and args.result else []
-        records = RECORD.iter_unpack(read())
-        if under_way:           # except those decided since
-            records = list(records)
-            records += sorted(set(map(RECORD.unpack, under_way)) - {(*record[:7], 0, 0, 0) for record in records})
-        wall = time.time_ns() - time.monotonic_ns()     # every time, as the clock may have been set
-        stop = write("".join([line(args, record, start, wall) for record in records])) or stop
-        reported = report(losses(bpf), reported)
-    report(losses(bpf), {}, "%s: in all %d %s")
-
-
+# ---- main ----
 def main():
     try:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # for --help and --ebpf
         args = parse_args()
         if args.ebpf:
-            return print("/* %s */\n%s" % (" ".join(cflags(args)), bpf_text))
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        trace(args, load(args))
-    except BrokenPipeError:
+            write("/* %s */\n%s" % (" ".join(cflags(args)), program(args)))
+        else:
+            trace(args)
+    except ConnectionError:     # the reader of the output has gone
         pass
     except OSError as error:
-        sys.exit("%s: cannot write the output: %s" % (PROGRAM, error.strerror))
+        if error.errno != errno.EIO or not stat.S_ISCHR(os.fstat(1).st_mode):           # a terminal that has gone
+            die("cannot write the output: %s" % error.strerror)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 
-import deeptcptracer
 import live
 import test_deeptcptracer
 import test_tcpaccept
@@ -31,20 +30,16 @@ import test_tcpv4connect
 import workload
 
 TOOLS = ["tcplife", "tcpaccept", "tcpv4connect", "tcpchurn", "deeptcptracer"]
-# name: (types from, probes, buffer, options, what the tool takes the kernel for)
+# name: where the types are from, and how accept() is traced: as is usual on this kernel, or not by a kprobe.
 MODES = {
-    "default": ("BTF", "default", "ring", [], {}),
-    "kprobe": ("BTF", "kprobe", "ring", ["--probes", "kprobe"], {}),
-    "alone": ("headers", "tracepoint", "ring", ["--probes", "tracepoint"], {}),
-    "old": ("headers", "kprobe", "perf", [], {"RING_PAGES": 0, "KERNEL": (4, 16)}),
-    "pidns": ("BTF", "default", "ring", [], {}),        # all of it in a PID namespace
-    "none": ("none", "default", "ring", [], {}),
-    "lockdown": ("BTF", "default", "ring", [], {}),     # of confidentiality: nothing may read the kernel's memory
+    "default": ("BTF", "default"),
+    "alone": ("headers", "no-kprobe"),
+    "pidns": ("BTF", "default"),        # all of it in a PID namespace
+    "none": ("none", "default"),
+    "lockdown": ("BTF", "default"),     # of confidentiality: nothing may read the kernel's memory
 }
-# In the mode "kprobe", deeptcptracer sees no socket destroyed: the kernel may skip that kprobe, and it must not matter.
-UNSEEN = 'deeptcptracer.bpf_text = deeptcptracer.bpf_text.replace("{ return destroyed(sk); }", "{ return 0; }")'
 UNSHARE = ["unshare", "--pid", "--fork", "--mount-proc"]
-ROW = "%-24s %-7s %-7s %-8s %-10s %-6s %s"
+ROW = "%-24s %-7s %-7s %-8s %-10s %s"
 
 
 def bcc_version():
@@ -74,23 +69,22 @@ def has_io_uring():
     return True
 
 
-def make_sessions(scenarios):
+def make_sessions(scenarios, namespaces):
     """The log of workload.py. Half way the clock is set back by an hour, on a machine where that may be done."""
     half = len(scenarios) // 2
     log = workload.sessions(workload.work(scenarios[:half]))
     if os.environ.get("CLOCK_MAY_BE_SET"):
         time.clock_settime(time.CLOCK_REALTIME, time.time() - 3600)
     log += workload.sessions(workload.work(scenarios[half:]))
-    with live.Namespaces() as namespaces:
-        return log + workload.sessions(workload.work([*workload.ENDS, "unreachable"], **namespaces.where))
+    return log + workload.sessions(workload.work(workload.ENDS, **namespaces.where))
 
 
-def differences(options, kprobes, log, life, expected, tracers):
+def differences(accept, log, life, expected, tracers):
     """What is missing and what is wrong in the lines of each tool, as two dicts of lists."""
     sessions, accepts, connects, churn, events = (tracer.objects for tracer in tracers)
     missing, wrong = {}, {}
     # io_uring's accepts are no system calls
-    shows_io_uring = os.path.exists("/sys/bus/event_source/devices/kprobe") and "tracepoint" not in options
+    shows_io_uring = os.path.exists("/sys/bus/event_source/devices/kprobe") and accept == "default"
     unseen = [record for record in log if record["scenario"] == "io_uring" and not shows_io_uring]
     missing["tcplife"], wrong["tcplife"] = test_tcplife.difference(
         [dict(record, accepted=None) if record in unseen else record for record in log], sessions)
@@ -108,15 +102,10 @@ def differences(options, kprobes, log, life, expected, tracers):
     text = "%s, not %s" % (total, life.ALL)
     missing["tcpchurn"] = [text] * max((life.ALL - total).values(), default=0)
     wrong["tcpchurn"] = [text] if total - life.ALL else []
-    strangers, met = test_deeptcptracer.wrong_owners(log, events)
-    is_new = deeptcptracer.KERNEL >= (6, 10)
-    missing["deeptcptracer"] = [text for scenario, endpoints in expected for text in test_deeptcptracer.difference(
-        scenario, endpoints, events, not kprobes, kprobes or is_new, is_new and not kprobes)]
-    without = len([record for record in log if record["laddr"]]) - 8 - len(met)         # 8: nobody accepts them
-    missing["deeptcptracer"] += ["only %d sockets have an owner" % len(met)] * without
-    if "kprobe" in options:     # with UNSEEN, a connect() that is lost has the owner of an older socket
-        missing["deeptcptracer"] += sorted({"owner of %(saddr)s:%(sport)d" % line for line, _ in strangers})
-        strangers = []
+    strangers, unowned = test_deeptcptracer.wrong_owners(log, events)
+    missing["deeptcptracer"] = ["no owner of a socket of %(comm)s in %(scenario)s" % record for record in unowned]
+    missing["deeptcptracer"] += [text for scenario, endpoints in expected
+                                 for text in test_deeptcptracer.difference(scenario, endpoints, events)]
     stacks = {" ".join((line["stack"] or ["none"])[:3]) for line in events
               if line["event"] == "tcp_set_state()" and line["state"] == "SYN_SENT"}
     usual = re.compile("(inet_sk_state_store )?(tcp_set_state )?tcp_v[46]_connect")
@@ -124,40 +113,41 @@ def differences(options, kprobes, log, life, expected, tracers):
     return missing, wrong
 
 
-def trace(options, pretend):
+def trace(accept):
     """Run all on one workload; what was wrong, as texts, and what was looked at."""
-    scenarios = [*workload.SCENARIOS] + ["io_uring"] * has_io_uring()
+    scenarios = workload.USUAL + ["io_uring"] * has_io_uring()
     life = test_tcpchurn.Life()
-    more = {"tcpchurn": [life.pid], "deeptcptracer": ["-K", "-m"], "tcpv4connect": ["-r"] * bool(options or pretend)}
-    tracers = [live.Tracer(tool, "--json", *more.get(tool, []), check=False, pretend=pretend,
-                           before=UNSEEN * (tool == "deeptcptracer" and "kprobe" in options)) for tool in TOOLS]
+    # The plain tcpv4connect and the one with results take turns.
+    more = {"tcpchurn": [life.pid], "deeptcptracer": ["-K", "-m"], "tcpv4connect": ["-r"] * (accept != "default")}
+    tracers = [live.Tracer(tool, "--json", *more.get(tool, []),
+                           *["--no-kprobe"] * (accept == "no-kprobe" and tool != "tcpv4connect"), check=False)
+               for tool in TOOLS]
     sessions, accepts, connects, churn, events = tracers
-    for tracer in tracers:
-        tracer.start()
-    with churn, events:
-        with sessions, accepts, connects, live.UnseenStateChanges(sessions) as unseen:
-            log = make_sessions(scenarios)
-        log = test_tcplife.timed(log, unseen.times(), unseen.retransmissions())
-        with live.UnseenStateChanges(churn) as later:
-            life.play()
-            expected = test_deeptcptracer.provoke(test_deeptcptracer.SCENARIOS)
-        life.end()
-        time.sleep(1.2)         # an update of tcpchurn
+    with live.Namespaces() as namespaces:
+        own = live.of(workload.OWN, namespaces.hosts[0], namespaces.nowhere[0])
+        with live.Times(own) as before:
+            for tracer in tracers:
+                tracer.start()
+            with churn, events:
+                with sessions, accepts, connects, live.Times(own) as after:
+                    log = make_sessions(scenarios, namespaces)
+                life.play()
+                expected = test_deeptcptracer.provoke(test_deeptcptracer.SCENARIOS)
+                life.end()
+                time.sleep(1.2)         # an update of tcpchurn
+    log = test_tcplife.timed(log, before, after)
     life.close()
-    kprobes = "kprobe" in options or bool(pretend)
-    missing, wrong = differences(options, kprobes, log, life, expected, tracers)
-    uncounted = (unseen.count + later.count) * kprobes          # nothing counts a kprobe that interrupts another one
+    missing, wrong = differences(accept, log, life, expected, tracers)
     texts, losses = [], collections.Counter()
     for tool, tracer in zip(TOOLS, tracers):
         losses[tool] = live.reported_losses(tracer)
         rest = [line for line in tracer.stderr.splitlines() if " lost: " not in line and " has ended" not in line]
         texts += ["%s: %s" % (tool, text) for text in wrong[tool] + rest]
         texts += ["%s: exit status %d" % (tool, tracer.status)] * bool(tracer.status)
-        if len(missing[tool]) > losses[tool] + uncounted:
+        if len(missing[tool]) > losses[tool]:
             texts += ["%s: missing: %s" % (tool, record) for record in missing[tool]]
     lost = ", ".join("%s %d" % item for item in (+losses).items())
-    return texts, ("%d sessions" % len(log) + ("; lost and reported: " + lost if lost else "") +
-                   ("; state changes not shown: %d" % uncounted if uncounted else ""))
+    return texts, "%d sessions" % len(log) + ("; lost and reported: " + lost if lost else "")
 
 
 def refuse(tool, words, wrapper=()):
@@ -172,7 +162,7 @@ def refuse(tool, words, wrapper=()):
 
 def run(mode):
     """What was wrong, as texts, and what was looked at."""
-    types, _, _, options, pretend = MODES[mode]
+    types, accept = MODES[mode]
     if mode == "none":
         hide = "for d in /sys/kernel/btf /lib/modules; do [ ! -d $d ] || mount -t tmpfs none $d; done; exec \"$@\""
         return [text for tool in TOOLS for text in refuse(tool, r"no kernel types \(.*\): install linux-headers-.*", (
@@ -180,9 +170,8 @@ def run(mode):
     if mode == "lockdown":
         pathlib.Path("/sys/kernel/security/lockdown").write_text("confidentiality")
         return [text for tool in TOOLS for text in refuse(tool, ".*lockdown.*")], "lockdown reported in one line"
-    live.OPTIONS = options
     with tools_alone() if types == "headers" else contextlib.nullcontext():
-        texts, result = trace(options, pretend)
+        texts, result = trace(accept)
     return texts, result + " in a PID namespace" * (mode == "pidns")
 
 
@@ -194,7 +183,7 @@ def main():
     inside = os.getpid() == 1
     status = 0
     if not inside:
-        print(ROW % ("kernel", "bcc", "Python", "types", "probes", "buffer", "result"), flush=True)
+        print(ROW % ("kernel", "bcc", "Python", "types", "accept()", "result"), flush=True)
     for mode in args.modes or [mode for mode in MODES if mode != "lockdown"]:
         if mode == "pidns" and not inside:
             status |= subprocess.run([*UNSHARE, live.PYTHON, "-W", "ignore", __file__, mode]).returncode
@@ -208,7 +197,7 @@ def main():
             print("wrong: %.500s" % text)
         status |= bool(texts)
         result = "%s: %s" % ("FAILED" if texts else "ok", result)
-        print(ROW % (release, bcc, python, *MODES[mode][:3], result), flush=True)
+        print(ROW % (release, bcc, python, *MODES[mode], result), flush=True)
         print("%s took %d s" % (mode, time.monotonic() - began), file=sys.stderr)
     return status
 

@@ -1,11 +1,11 @@
 /*
  * churn  A load of short TCP connections over loopback: connect, one byte each way, reset.
  *
- * usage: churn CONNECTIONS [THREADS [RATE]]
+ * usage: churn CONNECTIONS [THREADS [RATE [PORT]]]
  *
- * CONNECTIONS from each of THREADS client threads (default 1), RATE per second from all of them together (default: as
- * fast as possible). The client resets, so that no port stays in TIME_WAIT. Ends early with SIGINT. Prints the port,
- * connections and rate.
+ * CONNECTIONS from each of THREADS client threads (default 1), RATE per second from all of them together (default, or
+ * 0: as fast as possible), to PORT (default: one that the kernel chooses). The client resets, so that no port stays in
+ * TIME_WAIT. Ends early with SIGINT. Prints the port, connections and rate.
  */
 #include <arpa/inet.h>
 #include <netinet/in.h>
@@ -91,12 +91,15 @@ int main(int argc, char **argv)
 
     if (argc < 2 || (connections = atol(argv[1])) < 1 || (argc > 2 && (threads = atol(argv[2])) < 1) ||
         threads > MAX_THREADS) {
-        fprintf(stderr, "usage: churn CONNECTIONS [THREADS [RATE]]\n");
+        fprintf(stderr, "usage: churn CONNECTIONS [THREADS [RATE [PORT]]]\n");
         return 2;
     }
     if (argc > 3)
         rate = atof(argv[3]);
+    if (argc > 4)
+        server.sin_port = htons(atoi(argv[4]));
     listener = socket(AF_INET, SOCK_STREAM, 0);
+    setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &(int){1}, sizeof(int));     /* for the same PORT again */
     if (bind(listener, (struct sockaddr *)&server, sizeof(server)) || listen(listener, 4096) ||
         getsockname(listener, (struct sockaddr *)&server, &length))
         fail("listen");

@@ -1,28 +1,50 @@
-"""What the live tests share: starting a tool on the real kernel and stopping it."""
+"""What the live tests share: starting a tool on the real kernel and stopping it, and where nobody else connects."""
+import bisect
 import collections
 import contextlib
 import ctypes
 import functools
+import ipaddress
+import itertools
 import json
 import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
+import sys
 import tempfile
 import time
+import unittest
+
+import workload
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 PYTHON = os.environ.get("PYTHON", "/usr/bin/python3")
 TOOLS = os.environ.get("TOOLS", str(ROOT))                      # the directory of the tools
-OPTIONS = os.environ.get("TOOL_OPTIONS", "").split()            # options for every tool
-SLOW = float(os.environ.get("SLOW", "1"))                       # how much slower this machine is than a real one
-BPF = {"x86_64": 321, "aarch64": 280}[os.uname().machine]      # number of the system call
+SLOW = workload.SLOW
 # Numbers of the system calls that time.sleep() makes: clock_nanosleep(), or select() or pselect6() of no descriptor.
 SLEEPS = {"x86_64": ("230", "23 0x0", "270 0x0"), "aarch64": ("115", "72 0x0")}[os.uname().machine]
+# For pretend=: the constants of a tool on a kernel whose programs can be preempted.
+SEVEN = {"KERNEL": (7, 0), "PREEMPTIBLE": True, "MAX_MARKS": 1 << 14}
 MAY_TRACE = os.geteuid() == 0 and os.path.exists("/sys/kernel/btf/vmlinux")
 WHY_NOT = "needs root and a kernel with BTF"
 START = 30 * SLOW       # seconds a tool may take until it traces
+signal.signal(signal.SIGINT, signal.default_int_handler)        # in a background job it is ignored, also by the tools
+
+
+
+def settle(seconds=0.05):
+    """Wait for what the kernel still does after the last system call of a test, or for the next polls of a tool."""
+    time.sleep(seconds * SLOW)
+
+
+def until(condition, seconds=10):
+    """Wait until condition() is true, but not longer than this."""
+    give_up = time.monotonic() + seconds * SLOW
+    while not condition() and time.monotonic() < give_up:
+        time.sleep(0.02)
 
 
 # Runs a tool with other values for some of its constants.
@@ -42,6 +64,8 @@ signal.pthread_sigmask(signal.SIG_BLOCK, {tool}.STOP_SIGNALS)
 class Tracer:
     """A tool that is tracing from the moment the context is entered. Afterwards: lines, stderr and status.
 
+    check: it has to exit with status 0 and has to be silent on standard error, as it has nothing lost. A tool without
+    --netns looks at what strangers do, too.
     pretend: constants of the tool, with the values they are to have. before: code that runs before the tool's main().
     """
 
@@ -49,9 +73,8 @@ class Tracer:
         path = [os.path.join(TOOLS, tool + ".py")]
         if pretend or before:
             path = ["-c", PRETEND.format(tool=tool, tools=TOOLS, pretend=pretend or {}, before=before)]
-        self.command = [PYTHON, *path, *map(str, args), *OPTIONS]
-        self.check = check
-        self.process = None
+        self.command = [PYTHON, *path, *map(str, args)]
+        self.tool, self.check, self.process = tool, check, None
 
     def start(self):
         """Start without waiting: see tracing()."""
@@ -86,18 +109,16 @@ class Tracer:
             file.close()
 
     def __exit__(self, kind, *_):
-        time.sleep(0.05)        # what the kernel does after the last close() of the workload
+        settle()
         self.stop()
         if self.check and kind is None:
-            assert self.status == 0, (self.command, self.status, self.stderr)
-            # The end of somebody else's session may be one that the kernel did not show: see UnseenStateChanges.
-            assert not [line for line in self.stderr.splitlines() if "their end was not seen" not in line], self.stderr
+            assert (self.status, self.stderr) == (0, ""), (self.command, self.status, self.stderr)
 
     @property
     def lines(self):
         return self.stdout.splitlines()
 
-    @property
+    @functools.cached_property
     def objects(self):
         return [strict_json(line) for line in self.lines]
 
@@ -112,7 +133,7 @@ def tracing(*tracers):
         for tracer in tracers:
             stack.enter_context(tracer)
         yield
-        time.sleep(0.05)
+        settle()
         for tracer in tracers:
             tracer.process.send_signal(signal.SIGINT)
 
@@ -140,6 +161,10 @@ def every(_record):
     return True
 
 
+def no_record(_record):
+    return False
+
+
 def ours(log, lines, connection):
     """Returns the lines of a workload: of its connections, whatever owner they name, and of its processes.
 
@@ -149,9 +174,31 @@ def ours(log, lines, connection):
     return [line for line in lines if connection(line) in connections or (line["pid"], line["comm"]) in processes]
 
 
+def losses(tracer):
+    """Returns {what: how often in all} of what a tool that has exited reports as lost, and {line: 0} for all else."""
+    found = {}
+    for line in tracer.stderr.splitlines():
+        loss = re.fullmatch("[a-z0-9]+: (in all )?([0-9]+) (.* lost: .*)", line)
+        if not loss:
+            found[line] = 0
+        elif loss.group(1):
+            found[loss.group(3)] = int(loss.group(2))
+        else:
+            found.setdefault(loss.group(3), 0)
+    return found
+
+
 def reported_losses(tracer):
     """Returns how much a tool that has exited reports as lost in all."""
-    return sum(int(line.split(" in all ")[1].split()[0]) for line in tracer.stderr.splitlines() if " in all " in line)
+    return sum(losses(tracer).values())
+
+
+TIMES = "ts", "ms", "connect_ms", "accept_ms", "state_ms", "srtt_us"
+
+
+def timeless(lines):
+    """Returns these JSON objects without their times, sorted, to be compared with what another tracer has printed."""
+    return sorted(json.dumps({name: value for name, value in line.items() if name not in TIMES}) for line in lines)
 
 
 def compare(known, printed, key):
@@ -171,120 +218,189 @@ def entries(tracer, name):
     return len(json.loads(subprocess.check_output(["bpftool", "-j", "map", "dump", "id", str(one)])))
 
 
-class UnseenStateChanges:
-    """The state changes that ftrace saw while the context lasted, and how many of them the tool's program did not.
+class Ftrace:
+    """Events that the kernel traces while the context lasts, in an instance of ftrace. Afterwards: count and trace.
 
-    There are kernels that run no BPF program while certain tasks are current (seen on a 6.18 micro-VM: its own agent).
-    A state change that a timer makes then is visible in ftrace only. Nor does a kernel run a kprobe's program that
-    interrupts another one. Elsewhere count is 0.
+    A tracepoint calls its probes in the order in which they came to it. So what a tool reads from the kernel's clock
+    lies between the times of an instance that was entered before the tool started and of one entered later.
     """
 
-    instance = "/sys/kernel/tracing/instances/tcp-tracers-test-%d" % os.getpid()
-    events = "sock/inet_sock_set_state", "tcp/tcp_retransmit_skb"
-    not_by_kprobe = re.compile("newstate=TCP_LISTEN|oldstate=TCP_LISTEN newstate=TCP_SYN_RECV")   # no tcp_set_state()
-    change = re.compile(r" ([0-9.]+): inet_sock_set_state: .* sport=(\d+) dport=(\d+) .* newstate=TCP_(\w+)")
-    again = re.compile(r" tcp_retransmit_skb: (?!.* err=-)(?:.* )?sport=(\d+) dport=(\d+) ")     # err: nothing was sent
+    numbers = itertools.count()
 
-    def __init__(self, tracer):
-        self.tracer, self.count, self.trace = tracer, 0, ""
+    def __init__(self, kilobytes=1024, **filters):
+        """kilobytes: of lines to keep, per CPU. filters: {event: which of them, as a filter of ftrace; "": all}"""
+        self.kilobytes = kilobytes
+        self.instance = "/sys/kernel/tracing/instances/tcp-tracers-test-%d-%d" % (os.getpid(), next(self.numbers))
+        self.filters = {("tcp/" if event.startswith("tcp_") else "sock/") + event: which
+                        for event, which in filters.items()}
+        self.count, self.trace = 0, ""
 
     def write(self, name, text):
         with open(os.path.join(self.instance, name), "w") as file:
             file.write(text)
 
-    def runs(self):
-        """Returns how often the busiest of the tool's raw tracepoint programs has run, or of its kprobes."""
-        runs = collections.defaultdict(list)
-        for path in pathlib.Path("/proc/%d/fdinfo" % self.tracer.process.pid).iterdir():
-            try:
-                info = dict(line.split(":\t", 1) for line in path.read_text().splitlines() if ":\t" in line)
-            except FileNotFoundError:       # closed by the tool in the meantime
-                continue
-            runs[info.get("prog_type")].append(int(info.get("run_cnt", 0)))
-        self.by_kprobe = "17" not in runs               # BPF_PROG_TYPE_RAW_TRACEPOINT, and 2 is BPF_PROG_TYPE_KPROBE
-        return max(runs["2" if self.by_kprobe else "17"])
-
     def __enter__(self):
-        # BPF_ENABLE_STATS: counts runs as long as this is open. Others may turn off the sysctl.
-        self.stats = ctypes.CDLL(None).syscall(BPF, 32, ctypes.byref(ctypes.c_uint32(0)), 4)
-        assert self.stats >= 0, "bpf(BPF_ENABLE_STATS) fails"
         if not os.path.isdir("/sys/kernel/tracing/events"):
             subprocess.run(["mount", "-t", "tracefs", "tracefs", "/sys/kernel/tracing"], check=True)
-        os.makedirs(self.instance, exist_ok=True)
-        self.before = self.runs()
+        os.makedirs(self.instance)
         self.write("trace_clock", "mono")
-        for event in self.events:
+        self.write("buffer_size_kb", str(self.kilobytes))
+        for event, which in self.filters.items():
+            self.write("events/%s/filter" % event, which or "0")
             self.write("events/%s/enable" % event, "1")
         return self
 
     def __exit__(self, *_):
-        time.sleep(0.05)
-        for event in self.events:
+        settle()
+        for event in self.filters:
             self.write("events/%s/enable" % event, "0")
-        after = self.runs()
-        traced = sum(int(count) for path in pathlib.Path(self.instance).glob("per_cpu/*/stats")
-                     for count in re.findall("(?:entries|overrun): ([0-9]+)", path.read_text()))
+        self.count = sum(int(count) for path in pathlib.Path(self.instance).glob("per_cpu/*/stats")
+                         for count in re.findall("(?:entries|overrun): ([0-9]+)", path.read_text()))
         self.trace = pathlib.Path(self.instance, "trace").read_text(errors="replace")     # names can be any bytes
         os.rmdir(self.instance)
-        os.close(self.stats)
-        changes = traced - self.trace.count(" tcp_retransmit_skb: ")
-        if self.by_kprobe:
-            changes -= len(self.not_by_kprobe.findall(self.trace))
-        self.count = max(0, changes - (after - self.before))
 
-    def times(self):
-        """Returns {(lport, rport, new state): [CLOCK_MONOTONIC seconds, ...]} of what the kernel traced last."""
+
+def of(*addresses):
+    """Returns a filter for state changes of connections of these IPv4 addresses, or of any IPv6 address.
+
+    Strangers may have more connections than a buffer holds. For ftrace, a field of four bytes is a number.
+    """
+    numbers = [int.from_bytes(socket.inet_aton(address), sys.byteorder) for address in addresses]
+    return " || ".join(["family == %d" % socket.AF_INET6] + ["saddr == %d || daddr == %d" % (n, n) for n in numbers])
+
+
+def agent():
+    """Returns the threads of process 1.
+
+    There are kernels that run no BPF program while certain tasks are current (seen on a 6.18 micro-VM: its own agent,
+    which is process 1). An interrupt that comes then may change the state of any socket, and no tool sees that.
+    """
+    return set(os.listdir("/proc/1/task"))
+
+
+class UnseenStateChanges(Ftrace):
+    """How many of these state changes the tools may not have seen while the context lasted: count. See agent()."""
+
+    def __init__(self, which=""):
+        tasks = " || ".join("common_pid == " + thread for thread in agent())
+        super().__init__(kilobytes=8, inet_sock_set_state="(%s) && (%s)" % (tasks, which) if which else tasks)
+
+
+class Times(Ftrace):
+    """When the states of these connections changed, and what went again."""
+
+    ends = r"sport=(\d+) dport=(\d+) .*daddrv6=(?:::ffff:)?(\S+) "
+    change = re.compile(r"^.{16}-(\d+) .* ([0-9.]+): inet_sock_set_state: .*protocol=IPPROTO_TCP " + ends +
+                        r".*newstate=TCP_(\w+)", re.MULTILINE)
+    again = re.compile(r" tcp_retransmit_skb: (?!.* err=-).*?" + ends)         # err: nothing was sent
+
+    def __init__(self, which):
+        super().__init__(inet_sock_set_state=which, tcp_retransmit_skb="")
+
+    def __enter__(self):
+        self.agent = agent()
+        return super().__enter__()
+
+    def __exit__(self, *_):
+        super().__exit__()
+        self.agent |= agent()
+
+    def changes(self):
+        """Returns {(lport, raddr, rport, new state): [CLOCK_MONOTONIC seconds, ...]}."""
         times = collections.defaultdict(list)
-        for seconds, lport, rport, state in self.change.findall(self.trace):
-            times[int(lport), int(rport), state].append(float(seconds))
+        for _, seconds, lport, rport, raddr, state in self.change.findall(self.trace):
+            times[int(lport), raddr, int(rport), state].append(float(seconds))
         return times
 
+    def unseen(self):
+        """Returns those of the changes that no tool may have seen: see agent()."""
+        return {(int(lport), raddr, int(rport), state)
+                for task, _, lport, rport, raddr, state in self.change.findall(self.trace) if task in self.agent}
+
     def retransmissions(self):
-        """Returns {(lport, rport): how many segments of it the kernel retransmitted}."""
-        return collections.Counter((int(lport), int(rport)) for lport, rport in self.again.findall(self.trace))
+        """Returns {(lport, raddr, rport): how many segments of it the kernel retransmitted}."""
+        return collections.Counter((int(lport), raddr, int(rport))
+                                   for lport, rport, raddr in self.again.findall(self.trace))
+
+
+def between(before, after):
+    """Returns {what changed, as in Times.changes(): pairs of times between which a tool has seen it}.
+
+    before, after: Times that were entered before the tool started and after it.
+    """
+    early, late = before.changes(), after.changes()
+    return collections.defaultdict(list, {
+        change: [(early[change][bisect.bisect(early[change], second) - 1], second) for second in seconds]
+        for change, seconds in late.items()})
+
+
+MAX_RETRIES = 2         # of by_timer(), in all of a run
+
+
+@functools.lru_cache(maxsize=None)
+def retries():
+    """The file with a line for each retry: the one that all test files of a run share, or else of this process."""
+    return open(os.environ["RETRIES"], "a+") if os.environ.get("RETRIES") else tempfile.TemporaryFile("a+")
 
 
 def by_timer(test):
     """For events that a timer causes: one of three tries must be right to the last line.
 
-    A timer's interrupt may come while a task is current for which this kernel runs no BPF program, as in
-    UnseenStateChanges.
+    A timer's interrupt may come while a task is current for which this kernel runs no BPF program: see agent(). That
+    is rare. So each retry is reported, and only MAX_RETRIES of a run are granted.
     """
     @functools.wraps(test)
     def tries(self):
-        for attempt in (1, 2, 3):
+        while True:
             try:
                 return test(self)
-            except AssertionError:
-                if attempt == 3:
+            except AssertionError as error:
+                retries().write("%s\n" % self.id())
+                retries().flush()
+                retries().seek(0)
+                count = len(retries().readlines())
+                if count > MAX_RETRIES:
                     raise
+                print("by_timer: %s fails and is tried again (%d of at most %d retries in this run): %s" % (
+                    self.id(), count, MAX_RETRIES, error), file=sys.stderr, flush=True)
     return tries
 
 
 class Namespaces:
-    """Two network namespaces with a veth pair between them: their names and the server's addresses.
+    """Two network namespaces with a veth pair between them.
 
-    From the client's, the networks 10.78.0.0/24 and fd78::/64 are unreachable: the server's says so.
+    client, server: their names. hosts: the server's addresses. guests: the client's. nowhere: addresses to which the
+    client's packets go by way of the server, which says that it has no route. No other process uses these addresses.
     """
 
-    client, server = ("tcpt-%s-%d" % (side, os.getpid()) for side in ("client", "server"))
-    hosts = "10.77.0.2", "fd77::2"
+    numbers = itertools.count()
+    network, nowhere_network = ("10.%d.%d." % (first + (os.getpid() >> 8 & 63), os.getpid() & 255)
+                                for first in (64, 128))
+
+    def __init__(self):
+        number, pid = next(self.numbers), os.getpid()
+        self.client, self.server = ("tcpt-%s-%d-%d" % (side, pid, number) for side in ("client", "server"))
+        self.guests, self.hosts, self.nowhere = (
+            (network + last, str(ipaddress.ip_address("%s:%x:%x::%s" % (prefix, pid >> 16, pid & 0xffff, last))))
+            for network, prefix, last in ((self.network, "fd77", "1"), (self.network, "fd77", "2"),
+                                          (self.nowhere_network, "fd78", "1")))
 
     def __enter__(self):
         for command in (
                 "netns add %s" % self.client, "netns add %s" % self.server,
                 "-n %s link add veth0 type veth peer name veth0 netns %s" % (self.client, self.server),
-                "-n %s addr add 10.77.0.1/24 dev veth0" % self.client,
-                "-n %s addr add 10.77.0.2/24 dev veth0" % self.server,
-                "-n %s addr add fd77::1/64 dev veth0 nodad" % self.client,
-                "-n %s addr add fd77::2/64 dev veth0 nodad" % self.server,
+                "-n %s addr add %s/24 dev veth0" % (self.client, self.guests[0]),
+                "-n %s addr add %s/24 dev veth0" % (self.server, self.hosts[0]),
+                "-n %s addr add %s/64 dev veth0 nodad" % (self.client, self.guests[1]),
+                "-n %s addr add %s/64 dev veth0 nodad" % (self.server, self.hosts[1]),
                 "-n %s link set veth0 up" % self.client, "-n %s link set veth0 up" % self.server,
                 "-n %s link set lo up" % self.client, "-n %s link set lo up" % self.server,
-                "netns exec %s sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1" % self.server,
-                "-n %s route add 10.78.0.0/24 via 10.77.0.2" % self.client,
-                "-n %s route add fd78::/64 via fd77::2" % self.client,
-                "-n %s route add unreachable 10.78.0.0/24" % self.server,
-                "-n %s route add unreachable fd78::/64" % self.server):
+                "netns exec %s sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1 "
+                "net.ipv4.icmp_ratelimit=0 net.ipv6.icmp.ratelimit=0" % self.server,
+                "-n %s route add %s/24 via %s" % (self.client, self.nowhere_network + "0", self.hosts[0]),
+                "-n %s route add %s/128 via %s" % (self.client, self.nowhere[1], self.hosts[1]),
+                "-n %s route add unreachable %s/24" % (self.server, self.nowhere_network + "0"),
+                "-n %s route add unreachable %s/128" % (self.server, self.nowhere[1])):
             subprocess.run(["ip"] + command.split(), check=True)
         return self
 
@@ -295,15 +411,153 @@ class Namespaces:
     @property
     def where(self):
         """Returns the arguments of workload.work() for a run between the two."""
-        return {"namespaces": (self.client, self.server), "hosts": self.hosts}
+        return {"namespaces": (self.client, self.server), "hosts": self.hosts, "nowhere": self.nowhere}
+
+    def host(self, number):
+        """Returns an address of the network between the two that nobody has."""
+        return self.network + str(number)
 
     @staticmethod
     def inode(name):
         return os.stat("/run/netns/" + name).st_ino
 
 
+@contextlib.contextmanager
+def network(namespace):
+    """This thread, and those it starts, are in that network namespace while the context lasts."""
+    with open("/proc/thread-self/ns/net") as home:
+        workload.enter(namespace)
+        try:
+            yield
+        finally:
+            ctypes.CDLL(None).setns(home.fileno(), 0)
+
+
+@contextlib.contextmanager
+def packets_shared(namespace):
+    """Packets of this namespace's lo come to all CPUs (RPS), where their softirqs interrupt whatever runs there."""
+    def share(cpus):
+        subprocess.run(["ip", "netns", "exec", namespace, "sh", "-c",
+                        "file=/sys/class/net/lo/queues/rx-0/rps_cpus; [ ! -e $file ] || echo %x >$file" % cpus],
+                       check=True)
+    share((1 << os.cpu_count()) - 1)
+    try:
+        yield
+    finally:
+        share(0)
+
+
+@contextlib.contextmanager
+def local_ports(first, last):
+    """connect() chooses among these ports, in the namespace of this thread, while the context lasts."""
+    path = pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range")
+    usual = path.read_text()
+    path.write_text("%d %d" % (first, last))
+    try:
+        yield
+    finally:
+        path.write_text(usual)
+
+
+@contextlib.contextmanager
+def deserted(host=workload.OWN):
+    """Yields an address where nobody listens while the context lasts."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+        sock.bind((host, 0))
+        yield sock.getsockname()[:2]
+
+
+def without(text, part, instead=";"):
+    """Returns the text of a program without this part."""
+    assert part in text, part
+    return text.replace(part, instead)
+
+
+@unittest.skipUnless(MAY_TRACE, WHY_NOT)
+class Alone(unittest.TestCase):
+    """Tests in a network namespace where nobody else has connections: the client's of namespaces."""
+
+    maxDiff = None
+
+    @classmethod
+    def setUpClass(cls):
+        with contextlib.ExitStack() as stack:
+            cls.namespaces = stack.enter_context(Namespaces())
+            stack.enter_context(network(cls.namespaces.client))
+            cls.netns = Namespaces.inode(cls.namespaces.client)
+            cls.addClassCleanup(stack.pop_all().close)
+
+    def ours(self, tracer):
+        """Returns the tracer's JSON objects of this namespace."""
+        return [line for line in tracer.objects if line["netns"] == self.netns]
+
+    def check_filters(self, tool, filters, play, options=()):
+        """What the tool prints with each filter is what it prints without one of those that the filter lets through.
+
+        filters: {options: (condition on a line, how many lines of what play() does meet it; None: at least one)}
+        Returns the lines without a filter.
+        """
+        every = Tracer(tool, "--json", *options)
+        tracers = {filter: Tracer(tool, "--json", *options, *filter) for filter in filters}
+        with tracing(every, *tracers.values()):
+            play()
+        both = {self.netns, Namespaces.inode(self.namespaces.server)}
+        lines = [line for line in every.objects if line["netns"] in both]
+        for filter, (is_wanted, count) in filters.items():
+            with self.subTest(filter):
+                wanted = [line for line in lines if is_wanted(line)]
+                self.assertEqual(timeless([line for line in tracers[filter].objects if line["netns"] in both]),
+                                 timeless(wanted))
+                self.assertTrue(0 < len(wanted) < len(lines))
+                self.assertIn(count, (len(wanted), None))
+        return lines
+
+
+class Actor:
+    """A process that takes steps: each is a function of its own state, a dict."""
+
+    END = 255
+
+    def __init__(self, steps, namespace=None):
+        self.orders, self.write = os.pipe()
+        self.read, self.answers = os.pipe()
+        self.pid = workload.spawn("actor", namespace, self.obey, steps)
+        os.close(self.answers)
+
+    def obey(self, steps):
+        signal.alarm(int(120 * SLOW))           # if nobody ends it
+        os.close(self.write)            # so that it ends, by an error, if the test does
+        state = {}
+        while True:
+            order = os.read(self.orders, 1)[0]
+            if order == self.END:
+                return
+            steps[order](state)
+            os.write(self.answers, b".")
+
+    def do(self, step):
+        os.write(self.write, bytes([step]))
+        assert os.read(self.read, 1), "the actor has failed in step %d" % step
+
+    def end(self):
+        os.write(self.write, bytes([self.END]))
+        os.waitpid(self.pid, 0)
+
+
+def in_process(work, name="child", namespace=None):
+    """Returns the PID of a process that runs work(), and what that has returned, by way of JSON."""
+    with tempfile.TemporaryFile("w+") as file:
+        def child():
+            json.dump(work(), file)
+            file.flush()
+        pid = workload.spawn(name, namespace, child)
+        assert os.waitpid(pid, 0)[1] == 0, "the process has failed"
+        file.seek(0)
+        return pid, json.load(file)
+
+
 class Load:
-    """The load of connload.c, compiled once. run(connections, threads, rate) returns the rate it reached."""
+    """The load of connload.c, compiled once. run(connections, threads, rate, port) returns the rate it reached."""
 
     def __init__(self, namespace=None):
         self.folder = tempfile.TemporaryDirectory()
@@ -313,6 +567,11 @@ class Load:
 
     def start(self, *numbers):
         return subprocess.Popen([*self.command, *map(str, numbers)], stdout=subprocess.PIPE, text=True)
+
+    def hold(self, *numbers):
+        """Returns a process that waits for a line before it becomes this load."""
+        return subprocess.Popen(["sh", "-c", 'read -r _ && exec "$0" "$@"', *self.command, *map(str, numbers)],
+                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(self, *numbers):
         return float(subprocess.check_output([*self.command, *map(str, numbers)], text=True).split()[-1])

@@ -3,13 +3,15 @@
 
 usage: workload.py [-r ROUNDS] [-n CLIENTNS:SERVERNS:IPV4,IPV6] [SCENARIO ...]
 
+A scenario is a row of the table SCENARIOS: what happens, and what a tracer has to say of it.
+
 Every client and every server is a separate process with its own name. Each logs what it did; the log is printed
 as one JSON object per end of a session:
 
     scenario, role ("client" or "server"), pid, comm, ip (4 or 6), laddr, lport, raddr, rport, sent, received (bytes),
     netns (inode), born, died (each a pair of CLOCK_MONOTONIC seconds between which it happened), failed (errno name or
     null, of a connect() that did not succeed), connected (seconds that connect() took, as a pair), accepted (a
-    pair of CLOCK_MONOTONIC seconds, around accept()), end (how: see ENDS_OF), err (errno name or null)
+    pair of CLOCK_MONOTONIC seconds, around accept()), end (as tcplife says it), err (errno name or null)
 
 v4-mapped addresses are logged as IPv4, which is what goes over the wire.
 """
@@ -29,6 +31,7 @@ import sys
 import tempfile
 import threading
 import time
+import typing
 
 REQUEST, REPLY = 1000, 3000             # bytes
 PAUSE = 0.06                            # seconds: longer than a delayed ACK
@@ -36,7 +39,7 @@ CLOSE, CLOSING = 7, 11                  # include/net/tcp_states.h
 WORKERS = 3
 SLOW = float(os.environ.get("SLOW", "1"))               # how much slower this machine is than a real one
 TIMEOUT = 20 * SLOW                     # seconds after which a scenario that hangs is given up
-
+LANES = 3 if SLOW == 1 else 1           # scenarios of a family that run at once: they sleep most of the time
 
 # The families: the address that the server listens on, what the client connects to, and the socket family of each.
 # {0}: the server's IPv4 address, {1}: its IPv6 address.
@@ -48,13 +51,23 @@ FAMILIES = {
 }
 
 
+def own_address(pid):
+    """Returns a loopback address that no other process uses which chooses its own in this way."""
+    return "127.%d.%d.%d" % (64 + (pid >> 16), pid >> 8 & 255, pid & 255)
+
+
+OWN = own_address(os.getpid())
+
+
 class Run:
     """One scenario in one family: where it logs, and in which network namespaces it runs."""
 
-    def __init__(self, log, scenario, family, hosts=("127.0.0.1", "::1"), namespaces=(None, None)):
+    def __init__(self, log, scenario, family, hosts=(OWN, "::1"), nowhere=("", ""), namespaces=(None, None)):
+        """hosts: the server's addresses. nowhere: addresses to which the server's host has no route."""
         self.log, self.scenario, self.family = log, scenario, family
-        self.server_family, self.listen_on, self.client_family, self.connect_to = (
-            part.format(*hosts) if isinstance(part, str) else part for part in FAMILIES[family])
+        self.server_family, listen_on, self.client_family, connect_to = FAMILIES[family]
+        self.listen_on, self.connect_to = listen_on.format(*hosts), connect_to.format(*hosts)
+        self.nowhere = connect_to.format(*nowhere)
         self.client_ns, self.server_ns = namespaces
 
     def write(self, **record):
@@ -184,52 +197,61 @@ def accept(listener, how):
 
 
 def client(run, port, ending):
-    """One request, one reply, then the ending: close first or last, reset, shutdown, exit, or wait to be killed."""
+    """One request, one reply, then the ending."""
     sock, record = connect(run, port)
-    record["sent"] = send(sock, REQUEST)
-    record["received"] = receive(sock, REPLY)
-    time.sleep(PAUSE)
-    if ending == "half_close":
-        sock.shutdown(socket.SHUT_WR)
-        record["received"] += receive(sock)
-    elif ending not in ("client_close", "client_reset", "client_exit", "client_kill"):
-        receive(sock)
-    if ending == "half_close":
-        # Both have sent their FIN, so the session is over before close().
-        run.write(role="client", died=[now(), now()], **record)
-        sock.close()
-    elif ending == "client_reset":
-        finish(run, "client", sock, record, reset)
-    elif ending in ("client_exit", "client_kill"):
-        run.write(role="client", died=[now(), now() + PAUSE * SLOW], **record)
-        if ending == "client_kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        os._exit(0)
-    else:
-        finish(run, "client", sock, record, socket.socket.close)
+    record.update(sent=send(sock, REQUEST), received=receive(sock, REPLY))
+    ending(run, "client", sock, record)
 
 
 def serve(run, listener, ending, how=lambda listener: listener.accept()[0]):
     """The other side of client()."""
     sock, record = accept(listener, how)
-    record["received"] = receive(sock, REQUEST)
-    record["sent"] = send(sock, REPLY)
-    if ending in ("server_close", "server_reset", "server_exit", "server_kill"):
-        time.sleep(2 * PAUSE)
+    record.update(received=receive(sock, REQUEST), sent=send(sock, REPLY))
+    ending(run, "server", sock, record)
+
+
+# The endings, of either side: ending(run, role, sock, record)
+
+def first(action):
+    """Returns the ending of the side that ends the connection: action(sock), once the reply has got there."""
+    def ending(run, role, sock, record):
+        time.sleep(2 * PAUSE if role == "server" else PAUSE)
+        finish(run, role, sock, record, action)
+    return ending
+
+
+def first_by(death):
+    """The same, by the end of the process: death()."""
+    def ending(run, role, sock, record):
+        time.sleep(2 * PAUSE if role == "server" else PAUSE)
+        run.write(role=role, died=[now(), now() + PAUSE * SLOW], **record)
+        death()
+    return ending
+
+
+close, abort = first(socket.socket.close), first(reset)
+leave, die = first_by(lambda: os._exit(0)), first_by(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def follow(run, role, sock, record):
+    """Close when the other side has ended."""
+    receive(sock)
+    finish(run, role, sock, record, socket.socket.close)
+
+
+def half_close(run, role, sock, record):
+    """The client has nothing more to send, and the server replies once more."""
+    if role == "client":
+        time.sleep(PAUSE)
+        sock.shutdown(socket.SHUT_WR)
+        record["received"] += receive(sock)
+        run.write(role=role, died=[now(), now()], **record)         # both have sent their FIN: it is over
+        sock.close()
     else:
         receive(sock)
-    if ending == "half_close":
         record["sent"] += send(sock, REPLY)
         time.sleep(PAUSE)
-    if ending == "server_reset":
-        finish(run, "server", sock, record, reset)
-    elif ending in ("server_exit", "server_kill"):
-        run.write(role="server", died=[now(), now() + PAUSE * SLOW], **record)
-        if ending == "server_kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        os._exit(0)
-    else:
-        finish(run, "server", sock, record, socket.socket.close)
+        finish(run, role, sock, record, socket.socket.close)
 
 
 def listen(run):
@@ -272,20 +294,23 @@ def wait(*pids):
 
 # the scenarios
 
-def one_to_one(run):
-    """The scenario's name says who ends the connection, and how."""
-    server, port = start_server(run, lambda listener: serve(run, listener, run.scenario))
-    wait(spawn("cli-" + run.scenario[:11], run.client_ns, client, run, port, run.scenario), server)
+def one_to_one(client_ending, server_ending):
+    """Returns a scenario of one client and one server."""
+    def scenario(run):
+        server, port = start_server(run, lambda listener: serve(run, listener, server_ending))
+        wait(spawn("cli-" + run.scenario[:11], run.client_ns, client, run, port, client_ending), server)
+    return scenario
 
 
-def workers(run):
-    """One process listens, others accept; the client ends first, by close or reset."""
-    ending = run.scenario.replace("workers", "client")
-
-    def master(listener):
-        wait(*[spawn("worker%d" % n, None, serve, run, listener, ending) for n in range(WORKERS)])
-    server, port = start_server(run, master)
-    wait(*[spawn("cli-worker%d" % n, run.client_ns, client, run, port, ending) for n in range(WORKERS)], server)
+def workers(client_ending):
+    """Returns a scenario in which one process listens and others accept. The clients end first."""
+    def scenario(run):
+        def master(listener):
+            wait(*[spawn("worker%d" % n, None, serve, run, listener, follow) for n in range(WORKERS)])
+        server, port = start_server(run, master)
+        wait(*[spawn("cli-worker%d" % n, run.client_ns, client, run, port, client_ending) for n in range(WORKERS)],
+             server)
+    return scenario
 
 
 def threads(run):
@@ -299,34 +324,35 @@ def threads(run):
             one.start()
         for one in crowd:
             one.join()
-    server, port = start_server(run, lambda listener: all_at_once("srv", serve, listener, "server_close"))
-    wait(spawn("clients", run.client_ns, all_at_once, "cli", client, port, "server_close"), server)
+    server, port = start_server(run, lambda listener: all_at_once("srv", serve, listener, close))
+    wait(spawn("clients", run.client_ns, all_at_once, "cli", client, port, follow), server)
 
 
-def early(run):
-    """The client is gone, by close or by reset, before the server calls accept()."""
-    with pipe() as (reader, writer), pipe() as (addresses, address):
-        def visitor(port):
-            sock, record = connect(run, port)
-            record["sent"] = send(sock, REQUEST)
-            time.sleep(PAUSE)
-            finish(run, "client", sock, record, reset if run.scenario == "early_reset" else socket.socket.close)
-            os.write(address, json.dumps(record).encode())
-            os.write(writer, b"x")
+def early(client_ending):
+    """Returns a scenario in which the client is gone before the server calls accept()."""
+    def scenario(run):
+        with pipe() as (reader, writer), pipe() as (addresses, address):
+            def visitor(port):
+                sock, record = connect(run, port)
+                record["sent"] = send(sock, REQUEST)
+                client_ending(run, "client", sock, record)
+                os.write(address, json.dumps(record).encode())
+                os.write(writer, b"x")
 
-        def server(listener):
-            os.read(reader, 1)
-            time.sleep(PAUSE)
-            began = now()
-            sock = listener.accept()[0]
-            accepted = [began, now()]
-            seen = json.loads(os.read(addresses, 4096))
-            record = dict(identity(), accepted=accepted, failed=None, sent=0, ip=seen["ip"], laddr=seen["raddr"],
-                          lport=seen["rport"], raddr=seen["laddr"], rport=seen["lport"],
-                          received=receive(sock) or REQUEST)
-            finish(run, "server", sock, record, socket.socket.close)
-        pid, port = start_server(run, server)
-        wait(spawn("cli-" + run.scenario, run.client_ns, visitor, port), pid)
+            def server(listener):
+                os.read(reader, 1)
+                time.sleep(PAUSE)
+                began = now()
+                sock = listener.accept()[0]
+                accepted = [began, now()]
+                seen = json.loads(os.read(addresses, 4096))
+                record = dict(identity(), accepted=accepted, failed=None, sent=0, ip=seen["ip"], laddr=seen["raddr"],
+                              lport=seen["rport"], raddr=seen["laddr"], rport=seen["lport"],
+                              received=receive(sock) or REQUEST)
+                finish(run, "server", sock, record, socket.socket.close)
+            pid, port = start_server(run, server)
+            wait(spawn("cli-" + run.scenario, run.client_ns, visitor, port), pid)
+    return scenario
 
 
 def unaccepted(run):
@@ -397,8 +423,7 @@ def give_up(sock, address):
 
 def unreachable(run):
     """The server's host has no route to this network, and reports that."""
-    address = run.connect_to.replace("77", "78"), 9
-    wait(spawn("cli-unreachable", run.client_ns, attempt, run, address, socket.socket.connect))
+    wait(spawn("cli-unreachable", run.client_ns, attempt, run, (run.nowhere, 9), socket.socket.connect))
 
 
 def together(server_side, client_side, prepare=lambda listener: None):
@@ -430,19 +455,19 @@ def open_server(run, listener):
 
 
 def usual_client(run, port, *_):
-    client(run, port, "client_close")
+    client(run, port, close)
 
 
 def slow_server(run, listener, *_):
     """Hears only the second SYN, which the client sends after a second."""
     time.sleep(5 * PAUSE)
     hear(listener)
-    serve(run, listener, "client_close")
+    serve(run, listener, follow)
 
 
 def late_server(run, listener, *_):
     time.sleep(5 * PAUSE)
-    serve(run, listener, "client_close")
+    serve(run, listener, follow)
 
 
 def reset_server(run, listener, *_):
@@ -571,63 +596,99 @@ def uring_accept(listener, direct=False):
 def io_uring(run):
     """The server accepts by io_uring; the client ends first."""
     def server(listener):
-        serve(run, listener, "client_close", uring_accept)
+        serve(run, listener, follow, uring_accept)
     pid, port = start_server(run, server)
-    wait(spawn("cli-io_uring", run.client_ns, client, run, port, "client_close"), pid)
+    wait(spawn("cli-io_uring", run.client_ns, client, run, port, close), pid)
 
 
-SCENARIOS = dict.fromkeys(("server_close", "client_close", "client_reset", "server_reset", "half_close", "client_exit",
-                           "server_exit", "client_kill", "server_kill"), one_to_one)
-SCENARIOS.update(workers_close=workers, workers_reset=workers, threads=threads, early_close=early, early_reset=early,
-                 unaccepted=unaccepted, refused=attempts(socket.socket.connect, stop_listening))
-# Not in the usual round: they take seconds.
-ENDS = {
-    "timeout": attempts(time_out),
-    "quit": attempts(give_up),
-    "slow_connect": together(slow_server, usual_client, prepare=deaf),
-    "late_accept": together(late_server, usual_client),
-    "unread": together(reset_server, unread_client),
-    "unread_shutdown": together(reset_server, unread_after_shutdown),
-    "killed": together(reset_server, killed_client),
-    "late_send": together(late_talker, usual_client),
-    "unheard": together(unhearing_server, unheard_client),
-    "both": together(crossing_server, crossing_client),
+class Scenario(typing.NamedTuple):
+    """What happens, and what a tracer has to say of it."""
+
+    play: typing.Callable               # play(run)
+    client_end: str                     # how it ends for the client, as tcplife says it
+    server_end: str = ""                # and for the server; "": there is no session there
+    server_err: str = ""                # the server's error, if it is not that of such an end
+    over: str = "own step"              # when it is over for a side: see sessions()
+    accepted: str = "open"              # how the connection is when accept() returns it; "": nobody calls accept()
+    pairs: int = 1                      # of a client and a server
+    group: str = "usual"
+
+
+SCENARIOS = {
+    "server_close": Scenario(one_to_one(follow, close), "remote", "local"),
+    "client_close": Scenario(one_to_one(close, follow), "local", "remote"),
+    "client_reset": Scenario(one_to_one(abort, follow), "abort", "reset", over="first step"),
+    "server_reset": Scenario(one_to_one(follow, abort), "reset", "abort", over="first step"),
+    "half_close": Scenario(one_to_one(half_close, half_close), "local", "remote", over="server's step"),
+    "client_exit": Scenario(one_to_one(leave, follow), "local", "remote"),
+    "server_exit": Scenario(one_to_one(follow, leave), "remote", "local"),
+    "client_kill": Scenario(one_to_one(die, follow), "local", "remote"),
+    "server_kill": Scenario(one_to_one(follow, die), "remote", "local"),
+    "workers_close": Scenario(workers(close), "local", "remote", pairs=WORKERS),
+    "workers_reset": Scenario(workers(abort), "abort", "reset", over="first step", pairs=WORKERS),
+    "threads": Scenario(threads, "remote", "local", pairs=WORKERS),
+    "early_close": Scenario(early(close), "local", "remote"),
+    "early_reset": Scenario(early(abort), "abort", "reset", over="first step", accepted="over"),
+    "unaccepted": Scenario(unaccepted, "reset", "abort", over="first step", accepted=""),
+    "refused": Scenario(attempts(socket.socket.connect, stop_listening), "refused"),
+    # These take seconds, and the last one needs namespaces.
+    "timeout": Scenario(attempts(time_out), "timeout", group="slow"),
+    "quit": Scenario(attempts(give_up), "quit", group="slow"),
+    "slow_connect": Scenario(together(slow_server, usual_client, deaf), "local", "remote", group="slow"),
+    "late_accept": Scenario(together(late_server, usual_client), "local", "remote", group="slow"),
+    "unread": Scenario(together(reset_server, unread_client), "abort", "reset", over="first step", group="slow"),
+    "unread_shutdown": Scenario(together(reset_server, unread_after_shutdown), "abort", "reset", over="first step",
+                                server_err="EPIPE", group="slow"),          # a RST after the peer's FIN
+    "killed": Scenario(together(reset_server, killed_client), "killed", "reset", over="first step", group="slow"),
+    "late_send": Scenario(together(late_talker, usual_client), "local", "reset", server_err="EPIPE", group="slow"),
+    "unheard": Scenario(together(unhearing_server, unheard_client), "timeout", "reset", group="slow"),
+    "both": Scenario(together(crossing_server, crossing_client), "local", "both", group="slow"),
+    "unreachable": Scenario(unreachable, "unreachable", group="slow"),
+    # A kernel may lack io_uring, or a way to trace it.
+    "io_uring": Scenario(io_uring, "local", "remote", group="io_uring"),
 }
-# Nor these: a kernel may lack io_uring, or a way to trace it; the other needs namespaces.
-SPECIAL = {"io_uring": io_uring, "unreachable": unreachable}
-
-# How a session ends for the client and for the server.
-ENDS_OF = {"server_close": "remote local", "client_close": "local remote", "client_reset": "abort reset",
-           "server_reset": "reset abort", "half_close": "local remote", "client_exit": "local remote",
-           "server_exit": "remote local", "client_kill": "local remote", "server_kill": "remote local",
-           "workers_close": "local remote", "workers_reset": "abort reset", "threads": "remote local",
-           "early_close": "local remote", "early_reset": "abort reset", "unaccepted": "reset abort",
-           "refused": "refused", "timeout": "timeout", "quit": "quit", "unreachable": "unreachable",
-           "slow_connect": "local remote", "late_accept": "local remote", "unread": "abort reset",
-           "unread_shutdown": "abort reset", "killed": "killed reset", "late_send": "local reset",
-           "unheard": "timeout reset", "both": "local both", "io_uring": "local remote"}
+USUAL, ENDS = ([name for name, scenario in SCENARIOS.items() if scenario.group == group] for group in ("usual", "slow"))
 ERRORS = {"reset": "ECONNRESET", "refused": "ECONNREFUSED", "timeout": "ETIMEDOUT", "killed": "ECONNABORTED"}
 
 
-def work(scenarios=tuple(SCENARIOS), rounds=1, **where):
-    """Run the scenarios in all families, the families in parallel. Returns the log as a list of dicts."""
+def scenario_of(record):
+    return SCENARIOS[record["scenario"]]
+
+
+def used(log):
+    """Returns the records of connections that existed and that the process of the record has used before their end."""
+    return [record for record in log
+            if record["laddr"] and (record["role"] == "client" or scenario_of(record).accepted == "open")]
+
+
+def work(scenarios=tuple(USUAL), rounds=1, **where):
+    """Run the scenarios in all families, the families in parallel. Returns the log as a list of dicts.
+
+    where: as of a Run.
+    """
     with tempfile.TemporaryFile() as file:
         log = os.dup(file.fileno())
         os.set_inheritable(log, True)
         # O_APPEND, so that many processes may write to it
         log = os.open("/proc/self/fd/%d" % log, os.O_WRONLY | os.O_APPEND)
 
-        def one_family(family):
+        def play(family, some):
             signal.alarm(0)
             for _ in range(rounds):
-                for scenario in scenarios:
-                    {**SCENARIOS, **ENDS, **SPECIAL}[scenario](Run(log, scenario, family, **where))
-        for pid in [spawn("family-" + family, None, one_family, family) for family in FAMILIES]:
+                for scenario in some:
+                    SCENARIOS[scenario].play(Run(log, scenario, family, **where))
+        lanes = [list(scenarios)[lane::LANES] for lane in range(LANES)]
+        for pid in [spawn("family-" + family, None, play, family, some) for family in FAMILIES for some in lanes]:
             if os.waitpid(pid, 0)[1]:
                 raise RuntimeError("the workload has failed")
         os.close(log)
         file.seek(0)
-        return [json.loads(line) for line in file]
+        records = [json.loads(line) for line in file]
+    expected = sum(SCENARIOS[name].pairs * (2 if SCENARIOS[name].server_end else 1) for name in scenarios)
+    if len(records) != expected * len(FAMILIES) * rounds:
+        raise RuntimeError("the workload has failed: %d sessions, not %d" % (
+            len(records), expected * len(FAMILIES) * rounds))
+    return records
 
 
 def sessions(log):
@@ -637,25 +698,21 @@ def sessions(log):
         ends.setdefault(frozenset([(record["laddr"], record["lport"]), (record["raddr"], record["rport"])]),
                         []).append(record)
     for records in ends.values():
+        scenario = scenario_of(records[0])
         born = next(record["born"] for record in records if "born" in record)
+        steps = {record["role"]: record["died"] for record in records}          # the last of each side
+        last = max(step[1] for step in steps.values())
         for record in records:
-            scenario, server = record["scenario"], record["role"] == "server"
-            record["end"] = ENDS_OF[scenario].split()[server]
-            record["err"] = record["failed"] or ERRORS.get(record["end"])
-            if server and scenario in ("late_send", "unread_shutdown"):         # a RST after the peer's FIN
-                record["err"] = "EPIPE"
-        if any(word in records[0]["scenario"] for word in ("reset", "unaccepted", "unread", "killed")):
-            first = [min(record["died"][moment] for record in records) for moment in (0, 1)]
-            for record in records:
-                record.update(born=born, died=first)
-        else:
-            # The end that closes first is done when the peer has acknowledged that, at the latest when the peer closes.
-            last = max(record["died"][1] for record in records)
-            closing = {record["role"]: record["died"][0] for record in records}
-            for record in records:
-                # After a half close, the server's close() ends it for the client, which may learn of it late.
-                role = "server" if record["scenario"] == "half_close" else record["role"]
-                record.update(born=born, died=[closing[role], last])
+            is_server = record["role"] == "server"
+            record["end"] = scenario.server_end if is_server else scenario.client_end
+            record["err"] = record["failed"] or (is_server and scenario.server_err) or ERRORS.get(record["end"])
+            if scenario.over == "first step":
+                record["died"] = [min(step[moment] for step in steps.values()) for moment in (0, 1)]
+            else:
+                # The end that closes first is done when the peer has acknowledged that, at the latest when the peer
+                # closes. After a half close, the server's close() ends it for the client, which may learn of it late.
+                record["died"] = [steps["server" if scenario.over == "server's step" else record["role"]][0], last]
+            record["born"] = born
     return log
 
 
@@ -663,9 +720,9 @@ def main():
     parser = argparse.ArgumentParser(description="Known TCP sessions by known processes.")
     parser.add_argument("-r", "--rounds", type=int, default=1)
     parser.add_argument("-n", "--namespaces", help="CLIENTNS:SERVERNS:IPV4,IPV6 (the server's)")
-    parser.add_argument("scenarios", nargs="*", default=list(SCENARIOS), metavar="SCENARIO")
+    parser.add_argument("scenarios", nargs="*", default=USUAL, metavar="SCENARIO")
     args = parser.parse_args()
-    where = {}
+    where = {"hosts": ("127.0.0.1", "::1")}
     if args.namespaces:
         client_ns, server_ns, hosts = args.namespaces.split(":", 2)
         where = {"namespaces": (client_ns, server_ns), "hosts": hosts.split(",")}

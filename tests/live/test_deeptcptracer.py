@@ -3,13 +3,13 @@ import concurrent.futures
 import contextlib
 import functools
 import os
+import re
 import select
 import socket
 import struct
 import subprocess
 import time
-import unittest
-
+import deeptcptracer
 import live
 import workload
 
@@ -21,11 +21,28 @@ def retransmitted(sock):
     return struct.unpack_from("=I", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104), 100)[0]
 
 
-def listen(family=socket.AF_INET):
-    """A listening socket, at a port that the kernel gives to nobody and so nobody had before."""
+def timeouts(sock):
+    """How often in a row the retransmission timer of this socket has run out: tcpi_retransmits."""
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)[2]
+
+
+def host(family):
+    return "::1" if family == socket.AF_INET6 else "127.0.0.1"
+
+
+def bound(family=socket.AF_INET):
+    """A socket at a port that the kernel gives to nobody and so nobody had before. As yet, nobody listens there."""
+    sock = socket.socket(family)
     for port in PORTS:
         with contextlib.suppress(OSError):      # somebody uses it
-            return socket.create_server(("::1" if family == socket.AF_INET6 else "127.0.0.1", port), family=family)
+            sock.bind((host(family), port))
+            return sock
+
+
+def listen(family=socket.AF_INET):
+    sock = bound(family)
+    sock.listen()
+    return sock
 
 
 @contextlib.contextmanager
@@ -36,15 +53,6 @@ def pair(family=socket.AF_INET):
         server = listener.accept()[0]
     with client, server:
         yield client, server
-
-
-def inside(namespace, function, *args):
-    """What the function returns, called in this network namespace."""
-    def call():
-        workload.enter(namespace)
-        return function(*args)
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        return thread.submit(call).result()
 
 
 def reset(sock, peer):
@@ -80,7 +88,7 @@ def close_in_order(family=socket.AF_INET):
         client.shutdown(socket.SHUT_WR)     # after close() the peer's FIN might find a TIME_WAIT socket
         server.recv(1)
         server.close()
-        time.sleep(0.1)
+        live.settle(0.1)
     return {(there[0], 0, *there[2:]): [("tcp_set_state()", "CLOSE", "SYN_SENT", None)],
             there: [("tcp_set_state()", "SYN_SENT", "ESTABLISHED", None),
                     ("tcp_set_state()", "ESTABLISHED", "FIN_WAIT1", None),
@@ -117,12 +125,12 @@ def reset_received():
 
 @provokes()
 def refused():
-    with socket.socket() as sock:
-        sock.connect_ex(("127.0.0.10", 9))
-    return {("127.0.0.10", 9): [("tcp_set_state()", "CLOSE", "SYN_SENT", None),
-                               ("tcp_reset()", None, "SYN_SENT", None),
-                               ("tcp_set_state()", "SYN_SENT", "CLOSE", "ECONNREFUSED"),
-                               ("sock_def_error_report()", None, "CLOSE", "ECONNREFUSED")]}
+    with bound() as nobody, socket.socket() as sock:
+        there = nobody.getsockname()
+        sock.connect_ex(there)
+    return {there: [("tcp_set_state()", "CLOSE", "SYN_SENT", None), ("tcp_reset()", None, "SYN_SENT", None),
+                    ("tcp_set_state()", "SYN_SENT", "CLOSE", "ECONNREFUSED"),
+                    ("sock_def_error_report()", None, "CLOSE", "ECONNREFUSED")]}
 
 
 @provokes()
@@ -138,13 +146,33 @@ def connect_timeout():
                                          ("sock_def_error_report()", None, "*", "ETIMEDOUT")}}
 
 
+def lose_one(client, server):
+    """The client sends five segments, and the first one again when it hears that the others have come."""
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    workload.deaf(server)
+    client.send(b"x")
+    workload.hear(server)
+    for _ in range(4):
+        client.send(b"x")
+    workload.receive(server, 5)
+
+
+@provokes("tcp_retransmit_skb")
+def fast_retransmission():
+    with pair() as (client, server):
+        there = name(client)
+        lose_one(client, server)
+        fast_retransmission.count = retransmitted(client)
+    return {there: [("tcp_retransmit_skb()", None, "ESTABLISHED/Recovery", None)]}
+
+
 @provokes("tcp_retransmit_skb")
 def retransmission():
     with pair() as (client, server):
         there = name(client)
         workload.deaf(server)
         client.send(b"x")
-        time.sleep(0.8)
+        live.until(lambda: retransmitted(client) > 1)
         retransmission.count = retransmitted(client)
         workload.reset(client)
         workload.reset(server)
@@ -161,7 +189,7 @@ def zero_windows():
             while True:
                 client.send(bytes(65536))
                 select.select([], [client], [], 0.1)
-        time.sleep(1)
+        live.settle(1)
         workload.reset(client)
     return {there: {("tcp_ack()/win==0", None, "ESTABLISHED", None)},
             back: {("tcp_select_window()/win==0", None, "ESTABLISHED", None)}}
@@ -176,7 +204,7 @@ def half_close():
         server.send(b"x")
         server.close()
         client.recv(10)
-        time.sleep(0.1)
+        live.settle(0.1)
     return {there: [("tcp_send_fin()", "ESTABLISHED", "FIN_WAIT1", None),
                     ("tcp_fin()", "FIN_WAIT2", "FIN_WAIT2", None)],
             back: [("tcp_fin()", "ESTABLISHED", "ESTABLISHED", None),
@@ -190,8 +218,7 @@ def retransmitted_fin():
         there, back = name(client), name(server)
         workload.deaf(client)
         client.shutdown(socket.SHUT_WR)
-        time.sleep(1)
-        assert retransmitted(client) > 1
+        live.until(lambda: retransmitted(client) > 1)
         reset(client, server)
     return {there: {("tcp_send_fin()", "ESTABLISHED", "FIN_WAIT1", None),
                     ("tcp_retransmit_skb()", None, "FIN_WAIT1/Open", None),
@@ -207,22 +234,18 @@ def keepalive_failure():
             client.setsockopt(socket.IPPROTO_TCP, option, 1)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         workload.deaf(server)
-        time.sleep(3)
+        workload.await_state(client, workload.CLOSE)
         workload.reset(server)
     return {there: [("sock_def_error_report()", None, "*", "ETIMEDOUT")]}
-
-
-def host(family):
-    return "::1" if family == socket.AF_INET6 else "127.0.0.1"
 
 
 @provokes("tcp_send_reset")
 def reset_of_nobody(family=socket.AF_INET):
     """Where nobody listens."""
-    with socket.socket(family) as sock:
+    with bound(family) as nobody, socket.socket(family) as sock:
         sock.bind((host(family), 0))
-        sock.connect_ex((host(family), 9))
-        return {(host(family), 9, *sock.getsockname()[:2]): [("tcp_send_reset()", None, None, "NO_SOCKET")]}
+        sock.connect_ex(nobody.getsockname())
+        return {(*nobody.getsockname()[:2], *sock.getsockname()[:2]): [("tcp_send_reset()", None, None, "NO_SOCKET")]}
 
 
 @provokes("tcp_send_reset")
@@ -240,7 +263,7 @@ def reset_by_unread_data(family=socket.AF_INET):
         server.send(b"x")
         select.select([client], [], [])
         client.close()
-        time.sleep(0.1)
+        live.settle(0.1)
     return {there: [("tcp_send_reset()", None, "CLOSE", "TCP_ABORT_ON_CLOSE")]}
 
 
@@ -252,7 +275,7 @@ def reset_of_data_after_close(family=socket.AF_INET):
         server.close()
         client.recv(1)
         client.send(b"x")
-        time.sleep(0.1)
+        live.settle(0.1)
     return {back: [("tcp_send_reset()", None, "CLOSE", "TCP_ABORT_ON_DATA")]}
 
 
@@ -263,10 +286,10 @@ def reset_in_time_wait(family=socket.AF_INET):
         back = name(server)
         server.shutdown(socket.SHUT_WR)
         client.recv(1)
-        time.sleep(0.1)
+        live.settle(0.1)
         server.close()
         client.send(b"x")
-        time.sleep(0.1)
+        live.settle(0.1)
     return {back: [("tcp_send_reset()", None, "TIME_WAIT", "TCP_TIMEWAIT_SOCKET")]}
 
 
@@ -283,7 +306,7 @@ def close_wait(family=socket.AF_INET):
         times.append(time.monotonic())
         server.close()
         times.append(time.monotonic())
-        time.sleep(0.1)
+        live.settle(0.1)
     # 0.2 ms, as the clock of BPF programs is not quite the one of processes
     held = Between(1000 * (times[2] - times[1]) - 0.2, 1000 * (times[3] - times[0]) + 0.2)
     return {back: [("tcp_set_state()", "SYN_RECV", "ESTABLISHED", None),
@@ -303,7 +326,8 @@ def over_ipv6(scenario):
 TIMED = [connect_timeout, retransmission, zero_windows, retransmitted_fin, keepalive_failure]      # by timers
 BOTH = [close_in_order, reset_of_nobody, reset_by_linger, reset_by_unread_data, reset_of_data_after_close,
         reset_in_time_wait, close_wait]
-SCENARIOS = [listener_closed, reset_received, refused, half_close, *BOTH, *map(over_ipv6, BOTH), *TIMED]
+SCENARIOS = [listener_closed, reset_received, refused, half_close, fast_retransmission, *BOTH, *map(over_ipv6, BOTH),
+             *TIMED]
 
 
 def provoke(scenarios):
@@ -344,47 +368,39 @@ def as_expected(events, seen):
     return len(events) == len(seen) and all(map(alike, events, seen))
 
 
-def expected_of(events, has_loss_probes, has_bare_resets, has_reasons):
-    """The events that this kernel and kind of probe can show, in the form in which they do."""
-    def as_shown(event, oldstate, state, error, *rest):
-        return event, oldstate, state, error if has_reasons or event != "tcp_send_reset()" else None, *rest
+def expected_of(events):
+    """The events as this kernel shows them: RSTs without a full socket, and reasons of RSTs, only since 6.10."""
+    if deeptcptracer.KERNEL >= (6, 10):
+        return events
     return type(events)(
-        as_shown(*event) for event in events
-        if (has_loss_probes or not str(event[2]).endswith("/Open")) and
-        (has_bare_resets or event[0] != "tcp_send_reset()" or event[2] == "CLOSE"))
+        (event, oldstate, state, None if event == "tcp_send_reset()" else error, *rest)
+        for event, oldstate, state, error, *rest in events if event != "tcp_send_reset()" or state == "CLOSE")
 
 
-def difference(scenario, expected, objects, by_tracepoint=True, has_bare_resets=True, has_reasons=True):
-    """What is not as the scenario expects it in these lines, as a list of texts.
-
-    by_tracepoint: the retransmissions are all the kernel counts, and every end of a socket is seen. The kprobe does not
-    see tail loss probes, and the kernel may skip the one at a socket's end: then its owner is still known afterwards.
-    has_bare_resets: RSTs without a full socket are shown; the tracepoint does since Linux 6.10.
-    has_reasons: they have the kernel's reasons, as the tracepoint's do since 6.10.
-    """
+def difference(scenario, expected, objects):
+    """What is not as the scenario expects it in these lines, as a list of texts."""
     wrong = []
     for endpoints, events in expected.items():
-        events = expected_of(events, by_tracepoint, has_bare_resets, has_reasons)
+        events = expected_of(events)
         lines = [line for line in objects
                  if (line["saddr"], line["sport"], line["daddr"], line["dport"])[-len(endpoints):] == endpoints and
                  (not scenario.events or line["event"].partition("(")[0] in scenario.events)]
         seen = list(map(summary, lines))
-        count = getattr(scenario, "count", len(seen))
         # nobody owns a socket before accept(), or after its end
         owners = {line["pid"] for line in lines if line["state"] != "SYN_RECV" and line["oldstate"] != "SYN_RECV"}
-        nobody = scenario.__name__.startswith(("reset_of_", "reset_in_"))
-        is_known = os.getpid() in owners
-        if not as_expected(events, seen) or len(seen) > count or (len(seen) < count and by_tracepoint):
+        known = set() if scenario.__name__.startswith(("reset_of_", "reset_in_")) else {os.getpid()}
+        if not as_expected(events, seen) or len(seen) != getattr(scenario, "count", len(seen)):
             wrong.append("%s: %s has %s, not %s" % (scenario.__name__, endpoints, seen, events))
-        elif not owners <= {os.getpid(), None} or (is_known and nobody and by_tracepoint) or not (is_known or nobody):
+        elif owners - {None} != known:
             wrong.append("%s: owners of %s are %s" % (scenario.__name__, endpoints, owners))
     return wrong
 
 
 def wrong_owners(log, objects):
-    """Lines of the workload's sockets with an owner that is not theirs; the endpoints for which an owner was named."""
-    owner = {(record["laddr"], record["lport"], record["raddr"], record["rport"]): record for record in log}
-    found, met = [], set()
+    """Lines of the workload's sockets with an owner that is not theirs; and its records without any such line."""
+    def ends(record):
+        return record["laddr"], record["lport"], record["raddr"], record["rport"]
+    owner, found, met = {ends(record): record for record in log}, [], set()
     for line in objects:
         endpoints = line["saddr"], line["sport"], line["daddr"], line["dport"]
         record = owner.get(endpoints)
@@ -392,17 +408,15 @@ def wrong_owners(log, objects):
             met.add(endpoints)
             if (line["pid"], line["comm"]) != (record["pid"], record["comm"]):
                 found.append((line, record))
-    return found, met
+    return found, [record for record in workload.used(log) if ends(record) not in met]
 
 
-@unittest.skipUnless(live.MAY_TRACE, live.WHY_NOT)
-class Events(unittest.TestCase):
-    maxDiff = None
+class Events(live.Alone):
     me = os.getpid()
 
     @contextlib.contextmanager
     def tracing(self, *args):
-        with live.Tracer("deeptcptracer", "--json", *args) as self.tracer:
+        with live.Tracer("deeptcptracer", "--json", "-N", self.netns, *args) as self.tracer:
             yield
 
     def seen(self, *endpoints):
@@ -431,157 +445,156 @@ class Events(unittest.TestCase):
         self.assertEqual((events.count("tcp_send_fin()"), events.count("tcp_fin()")), (1, 1))
 
     def test_owners_of_known_processes(self):
-        """In no event a stranger: what workload.py does, compared with all owners that are printed.
-
-        In a namespace of its own, so that nobody else's load fills the ring buffer.
-        """
-        with live.Namespaces() as namespaces, self.tracing("-N", namespaces.client):
-            log = workload.work(namespaces=(namespaces.client, namespaces.client))
-        found, met = wrong_owners(log, self.tracer.objects)
-        self.assertEqual(found, [])
-        self.assertGreaterEqual(len(met), len([record for record in log if record["laddr"]]) - 8)    # early ones
+        """In no event a stranger: what workload.py does, compared with all owners that are printed."""
+        with self.tracing():
+            log = workload.work()
+        self.assertEqual(wrong_owners(log, self.tracer.objects), ([], []))
 
     def test_owner_from_before_the_start(self):
         with pair() as (client, server):
             there, back = name(client), name(server)
-            with self.tracing("-p", self.me):
+            with self.tracing():
                 client.close()
                 server.recv(1)
                 server.close()
-                time.sleep(0.1)
+                live.settle(0.1)
         for endpoints in (there, back):
             self.assertEqual(self.owners(*endpoints), {self.me})
             self.assertIn("CLOSE", [event[2] for event in self.seen(*endpoints)])
 
-    @live.by_timer
     def test_each_event_alone(self):
         names = ["tcp_set_state", "tcp_send_fin", "tcp_fin", "tcp_reset", "tcp_retransmit_skb", "sock_def_error_report",
                  "tcp_send_reset"]
-        tracers = {one: live.Tracer("deeptcptracer", "--json", "-e", one) for one in names}
+        tracers = {one: live.Tracer("deeptcptracer", "--json", "-N", self.netns, "-e", one) for one in names}
         with live.tracing(*tracers.values()):
             workload.work(scenarios=["client_close", "client_reset"])
             with pair() as (client, server):
-                workload.deaf(server)
-                client.send(b"x")
-                time.sleep(0.5)
+                lose_one(client, server)
         for one, tracer in tracers.items():
             self.assertEqual({line["event"] for line in tracer.objects}, {one + "()"})
 
     def test_filters(self):
-        with socket.create_server(("127.0.0.7", 0)) as listener:
-            address, port = listener.getsockname()
-            filters = {("-d", "127.0.0.7"): 1, ("-d", "127.0.0.4/30"): 1, ("-s", "127.0.0.7"): 1,
-                       ("-s", "127.0.0.7/32"): 1, ("-D", port): 1,
-                       ("-S", "1,%d" % port): 1, ("-6",): 0, ("-4", "-D", port): 1, ("-d", "::/0"): 0,
-                       ("-s", "10.0.0.0/8"): 0, ("-d", "fd00::1,127.0.0.7"): 1, ("-p", 1): 0, ("-p", self.me): 1}
-            tracers = {one: live.Tracer("deeptcptracer", "--json", *one) for one in filters}
-            with live.tracing(*tracers.values()):
-                with socket.create_connection((address, port)):
-                    listener.accept()[0].close()
-                time.sleep(0.1)
-        for one, some in filters.items():
-            ours = [line for line in tracers[one].objects if port in (line["sport"], line["dport"])]
-            self.assertEqual(bool(ours), bool(some), one)
-            if one[0] in ("-d", "-D"):
-                self.assertEqual({line["dport"] for line in ours}, {port} if some else set())
-            if one[0] in ("-s", "-S"):
-                self.assertEqual({line["sport"] for line in ours}, {port} if some else set())
+        """By processes, addresses, ports, families and namespaces; of resets without a socket, too."""
+        def visit(where):
+            client = socket.create_connection(where.getsockname()[:2])
+            with client, where.accept()[0] as server:
+                client.shutdown(socket.SHUT_WR)
+                server.recv(1)
+        with socket.create_server(("127.0.0.7", 0)) as one, socket.create_server(("127.0.0.8", 0)) as other, \
+                socket.create_server(("::1", 0), family=socket.AF_INET6) as v6, live.deserted("127.0.0.9") as nobody:
+            port, reset_port = one.getsockname()[1], nobody[1]
+            actor = live.Actor([lambda _: visit(one)])
 
-    def test_namespaces(self):
-        with live.Namespaces() as namespaces:
-            inodes = [namespaces.inode(namespaces.client), namespaces.inode(namespaces.server)]
-            everywhere, one = (live.Tracer("deeptcptracer", "--json", *options) for options in (
-                [], ["-N", namespaces.client]))
-            with live.tracing(everywhere, one):
-                workload.work(scenarios=["client_close", "server_reset"], **namespaces.where)
-        self.assertTrue({line["netns"] for line in everywhere.objects} >= set(inodes))
-        self.assertEqual({line["netns"] for line in one.objects}, {inodes[0]})
-
-    def test_filters_of_resets_without_a_socket(self):
-        filters = {("-d", "127.0.0.8"): 1, ("-s", "127.0.0.9"): 1, ("-S", 9): 1, ("-D", 9): 0, ("-d", "127.0.0.9"): 0,
-                   ("-4",): 1, ("-6",): 0, ("-p", self.me): 0, ("-N", "/proc/self/ns/net"): 1,
-                   ("-N", os.stat("/proc/self/ns/net").st_ino + 1): 0}
-        tracers = {one: live.Tracer("deeptcptracer", "--json", "-e", "tcp_send_reset", *one) for one in filters}
-        with live.tracing(*tracers.values()), socket.socket() as sock:
-            sock.bind(("127.0.0.8", 0))
-            sock.connect_ex(("127.0.0.9", 9))
-            here = sock.getsockname()
-        for one, count in filters.items():
-            seen = [line["reason"] for line in tracers[one].objects if (line["daddr"], line["dport"]) == here]
-            self.assertEqual(seen, ["NO_SOCKET"] * count, one)
+            def play():
+                actor.do(0)
+                visit(other)
+                visit(v6)
+                with socket.socket() as sock:
+                    sock.bind(("127.0.0.8", 0))
+                    sock.connect_ex(nobody)
+                with live.network(self.namespaces.server), socket.create_server(("127.0.0.8", 0)) as elsewhere:
+                    visit(elsewhere)
+            lines = self.check_filters("deeptcptracer", {
+                ("-p", actor.pid): (lambda line: line["pid"] == actor.pid, None),
+                ("-d", "127.0.0.4/30"): (lambda line: line["daddr"] == "127.0.0.7", None),
+                ("-d", "fd00::1,127.0.0.9"): (lambda line: line["daddr"] == "127.0.0.9", None),
+                ("-d", "::/0"): (lambda line: line["ip"] == 6, None),
+                ("-s", "10.0.0.0/8,127.0.0.8"): (lambda line: line["saddr"] == "127.0.0.8", None),
+                ("-D", "1,%d" % port): (lambda line: line["dport"] == port, None),
+                ("-S", "%d,%d" % (port, reset_port)): (lambda line: line["sport"] in (port, reset_port), None),
+                ("-4",): (lambda line: line["ip"] == 4, None),
+                ("-6",): (lambda line: line["ip"] == 6, None),
+                ("-N", self.namespaces.client): (lambda line: line["netns"] == self.netns, None),
+                ("-N", self.namespaces.inode(self.namespaces.server), "-4"): (
+                    lambda line: line["netns"] != self.netns, None)}, play)
+            actor.end()
+        resets = [line["sport"] for line in lines if line["event"] == "tcp_send_reset()" and not line["state"]]
+        self.assertEqual(resets, [reset_port] * (deeptcptracer.KERNEL >= (6, 10)))
 
     @live.by_timer
     def test_attempts_that_send_nothing(self):
         """They are no retransmissions: here the route is gone."""
-        with live.Namespaces() as namespaces, self.tracing("-R", "-N", namespaces.client):
-            host = namespaces.hosts[0]
-            with inside(namespaces.server, socket.create_server, (host, 0)) as listener, \
-                    inside(namespaces.client, socket.create_connection, listener.getsockname()) as client, \
+        host = self.namespaces.hosts[0]
+
+        def route(*how):
+            subprocess.run(["ip", "-n", self.namespaces.client, "route", *how], check=True)
+        route("replace", host, "dev", "veth0", "rto_min", "20ms")
+        with live.network(self.namespaces.server):
+            listener = socket.create_server((host, 0))
+        try:
+            with self.tracing("-R"), listener, socket.create_connection(listener.getsockname()) as client, \
                     listener.accept()[0] as server:
                 workload.deaf(server)
                 there = name(client)
                 client.send(b"x")
-                time.sleep(0.8)
-                sent = retransmitted(client)
-                subprocess.run(["ip", "-n", namespaces.client, "route", "add", "unreachable", host], check=True)
-                time.sleep(3)
+                live.settle(0.3)
+                route("replace", "unreachable", host)
+                sent, before = retransmitted(client), timeouts(client)
+                live.settle(1)
                 self.assertEqual(retransmitted(client), sent)
+                self.assertGreater(timeouts(client), before)
+        finally:
+            route("del", host)
         self.assertEqual(len(self.seen(*there)), sent)
         self.assertGreater(sent, 1)
 
     def test_times_only_where_they_are_known(self):
         """Not of a state that began before the start, and none without -m."""
-        for options, known in (["-m"], True), ([], False):
-            with pair() as (client, server):
-                there, back = name(client), name(server)
-                with self.tracing(*options):
-                    client.shutdown(socket.SHUT_WR)
-                    server.recv(1)
-                    server.close()
-                    time.sleep(0.1)
-            states = {event[1] for event in self.seen(*there) + self.seen(*back) if event[4] is not None}
-            self.assertEqual(states, {"FIN_WAIT1", "FIN_WAIT2", "CLOSE_WAIT", "LAST_ACK"} if known else set())
-
-    def test_times_in_text(self):
-        with live.Tracer("deeptcptracer", "-m", "-p", self.me) as tracer, pair():
-            pass
-        self.assertTrue(tracer.lines[1].endswith(" SK_ERR                   MS"))
-        where = tracer.lines[1].index("MS")
-        self.assertEqual(tracer.lines[2][where - 1:], " N/A")
-        self.assertRegex(tracer.lines[3][where - 1:], r"^ \d+\.\d\d$")
+        where = "--json", "-N", self.netns
+        timed, plain = live.Tracer("deeptcptracer", "-m", *where), live.Tracer("deeptcptracer", *where)
+        with pair() as (client, server), live.tracing(timed, plain):
+            client.shutdown(socket.SHUT_WR)
+            server.recv(1)
+            server.close()
+            live.settle(0.1)
+        for tracer, known in (timed, {"FIN_WAIT1", "FIN_WAIT2", "CLOSE_WAIT", "LAST_ACK"}), (plain, set()):
+            states = {line["oldstate"] for line in tracer.objects if line["state_ms"] is not None}
+            self.assertEqual(states, known)
 
     def test_times_lost(self):
-        with live.Tracer("deeptcptracer", "-m", check=False, pretend={"MAX_SOCKETS": 16}) as tracer:
-            with contextlib.ExitStack() as stack:
-                for _ in range(40):
-                    stack.enter_context(pair())
-        self.assertRegex(tracer.stderr, "deeptcptracer: in all [0-9]+ times lost: the map of socket states was full\n")
+        """Of all sockets that enter a state only as many are known as the map holds. Strangers' are among them."""
+        sockets, known = 20, 16
+        with listen() as listener, contextlib.ExitStack() as stack, live.Ftrace(inet_sock_set_state="") as changes:
+            workload.deaf(listener)
+            with live.Tracer("deeptcptracer", "-m", check=False, pretend={"MAX_SOCKETS": known}) as tracer:
+                for _ in range(sockets):
+                    sock = stack.enter_context(socket.socket())
+                    sock.setblocking(False)
+                    sock.connect_ex(listener.getsockname())
+        lost = re.search("in all ([0-9]+) times lost: the map of socket states was full\n", tracer.stderr)
+        self.assertGreaterEqual(int(lost.group(1)), sockets - known)
+        self.assertLessEqual(int(lost.group(1)), changes.count - known)
 
     def test_kernel_stack(self):
-        with self.tracing("-K", "-e", "tcp_set_state"), pair() as (client, _):
-            there = name(client)
-        line = next(line for line in self.tracer.objects
-                    if line["state"] == "SYN_SENT" and line["dport"] == there[3])
+        with self.tracing("-K", "-e", "tcp_set_state"), pair():
+            pass
+        line = next(line for line in self.tracer.objects if line["state"] == "SYN_SENT")
         self.assertIn("tcp_v4_connect", line["stack"][:3])
         self.assertFalse([frame for frame in line["stack"] if "bpf" in frame or "trace_" in frame])
-        self.assertLess(line["stack"].index("tcp_v4_connect"), line["stack"].index("do_syscall_64")
-                        if "do_syscall_64" in line["stack"] else len(line["stack"]))
+        callers = ["tcp_v4_connect", "__inet_stream_connect", "inet_stream_connect"]
+        self.assertEqual([frame for frame in line["stack"] if frame in callers], callers)
 
     def test_text(self):
-        with live.Tracer("deeptcptracer", "-t", "-p", self.me) as tracer, pair():
+        where = "-N", self.netns
+        plain, timed = live.Tracer("deeptcptracer", "-t", *where), live.Tracer("deeptcptracer", "-m", *where)
+        with live.tracing(plain, timed), pair():
             pass
-        self.assertEqual(tracer.lines[0], "Tracing TCP events. Ctrl-C to end.")
-        self.assertEqual(tracer.lines[1].split(),
+        self.assertEqual(plain.lines[0], "Tracing TCP events. Ctrl-C to end.")
+        self.assertEqual(plain.lines[1].split(),
                          "TIME EVENT_SOURCE PID COMM SOURCE DESTINATION TCP_STATE SK_ERR".split())
-        self.assertRegex(tracer.lines[2], r"^\d\d:\d\d:\d\d\.\d{3} tcp_set_state\(\)         \d+ +\S+ +127.0.0.1:0 +"
-                                          r"127.0.0.1:\d+ +CLOSE -> SYN_SENT$")
+        self.assertRegex(plain.lines[2], r"^\d\d:\d\d:\d\d\.\d{3} tcp_set_state\(\)         \d+ +\S+ +127.0.0.1:0 +"
+                                         r"127.0.0.1:\d+ +CLOSE -> SYN_SENT$")
+        self.assertTrue(timed.lines[1].endswith(" SK_ERR                   MS"))
+        where = timed.lines[1].index("MS")
+        self.assertEqual(timed.lines[2][where - 1:], " N/A")
+        self.assertRegex(timed.lines[3][where - 1:], r"^ \d+\.\d\d$")
 
     def test_owners_are_forgotten(self):
         """After many connections the maps hold what is still open."""
         churn = live.Load()
-        with live.Tracer("deeptcptracer", "-m", "-R") as tracer:
+        with live.Tracer("deeptcptracer", "-m", "-R", "-N", self.netns) as tracer:
             before = [live.entries(tracer, name) for name in ("owners", "since")]
-            churn.run(20000, 2)
+            churn.run(10000, 2)
             left = [live.entries(tracer, name) for name in ("owners", "since")]
         self.assertLess(left[0] - before[0], 100)
         self.assertLess(left[1] - before[1], 100)

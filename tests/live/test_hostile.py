@@ -3,7 +3,6 @@ import csv
 import json
 import socket
 import subprocess
-import unittest
 
 import live
 import workload
@@ -36,13 +35,10 @@ def serve(listener):
         sock.close()
 
 
-@unittest.skipUnless(live.MAY_TRACE, live.WHY_NOT)
-class Hostile(unittest.TestCase):
-    maxDiff = None
-
+class Hostile(live.Alone):
     def trace(self, *commands):
         """Tracers of these commands that have seen the names."""
-        tracers = [live.Tracer(*command) for command in commands]
+        tracers = [live.Tracer(tool, *options, "--netns", self.netns) for tool, *options in commands]
         with socket.create_server(("127.0.0.1", 0)) as listener, live.tracing(*tracers):
             server = workload.spawn("server", None, serve, listener)
             visit(listener.getsockname()[1])

@@ -5,7 +5,6 @@ import resource
 import socket
 import tempfile
 import threading
-import time
 import unittest
 
 import live
@@ -21,60 +20,57 @@ def key(record):
 
 
 def accepted(log):
-    return [record for record in log if record["role"] == "server" and record["scenario"] != "unaccepted"]
-
-
-def in_child(work):
-    """What work() returns, run in a process of its own, as text lines; its PID."""
-    with tempfile.TemporaryFile("w+") as file:
-        pid = workload.spawn("crowd", None, lambda: (file.write("\n".join(map(str, work()))), file.flush()))
-        os.waitpid(pid, 0)
-        file.seek(0)
-        return pid, file.read().split("\n")
+    """The records of connections that accept() has returned."""
+    return [record for record in log if record["role"] == "server" and workload.scenario_of(record).accepted]
 
 
 @unittest.skipUnless(live.MAY_TRACE, live.WHY_NOT)
 class TcpacceptAgainstWorkload(unittest.TestCase):
     maxDiff = None
 
-    def trace(self, modes, **work):
-        """tcpaccept in several modes on one workload. modes: {options: which of its accepts are to be printed}."""
+    def test_every_accept_once_by_who_called_it(self):
+        modes = {(): live.every, ("--no-kprobe",): live.every, ("-4",): lambda record: record["ip"] == 4,
+                 ("-6",): lambda record: record["ip"] == 6}
         tracers = [live.Tracer("tcpaccept", "--json", *options) for options in modes]
         with live.tracing(*tracers):
-            log = workload.work(**work)
+            log = workload.work(rounds=3)
         for (options, wanted), tracer in zip(modes.items(), tracers):
             with self.subTest(options=options):
                 known = [record for record in accepted(log) if wanted(record)]
-                printed = live.ours(log, tracer.objects, connection)
-                self.assertEqual(live.compare(known, printed, key), ([], []))
-        self.assertTrue(accepted(log))
+                self.assertTrue(known)
+                self.assertEqual(live.compare(known, live.ours(log, tracer.objects, connection), key), ([], []))
 
-    def test_every_accept_once_by_who_called_it(self):
-        self.trace({(): live.every}, rounds=3)
 
-    def test_options(self):
-        self.trace({("--probes", "tracepoint"): live.every, ("-4",): lambda record: record["ip"] == 4,
-                    ("-6",): lambda record: record["ip"] == 6})
+class OneByOne(live.Alone):
+    def test_filters(self):
+        """By processes, ports, families and namespaces."""
+        def visit(where):
+            with socket.create_connection(where.getsockname()[:2]):
+                where.accept()[0].close()
+        with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other, \
+                socket.create_server(("::1", 0), family=socket.AF_INET6) as v6:
+            port = other.getsockname()[1]
+            actor = live.Actor([lambda _: visit(one)])
 
-    def test_namespaces(self):
-        with live.Namespaces() as namespaces:
-            self.trace({("--netns", namespaces.server): live.every,
-                        ("--netns", namespaces.client): lambda record: False}, **namespaces.where)
-
-    def test_one_process_and_one_port(self):
-        listener = socket.create_server(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-        by_pid, by_port = live.Tracer("tcpaccept", "-p", os.getpid()), live.Tracer("tcpaccept", "-P", port)
-        with live.tracing(by_pid, by_port):
-            workload.work(scenarios=["client_close"])
-            with socket.create_connection(("127.0.0.1", port)), listener.accept()[0]:
-                pass
-        listener.close()
-        for tracer in (by_pid, by_port):
-            self.assertEqual([line.split()[0] for line in tracer.lines[1:]], [str(os.getpid())])
+            def play():
+                actor.do(0)
+                visit(one)
+                visit(other)
+                visit(v6)
+                with live.network(self.namespaces.server), socket.create_server(("127.0.0.1", 0)) as elsewhere:
+                    visit(elsewhere)
+            self.check_filters("tcpaccept", {
+                ("-p", actor.pid): (lambda line: line["pid"] == actor.pid, 1),
+                ("-P", "1,%d" % port): (lambda line: line["lport"] == port, 1),
+                ("-4",): (lambda line: line["ip"] == 4, 4),
+                ("-6",): (lambda line: line["ip"] == 6, 1),
+                ("--netns", self.namespaces.client): (lambda line: line["netns"] == self.netns, 4),
+                ("--netns", self.namespaces.inode(self.namespaces.server), "-p", os.getpid()): (
+                    lambda line: line["netns"] != self.netns, 1)}, play)
+            actor.end()
 
     def test_other_protocols_are_not_shown(self):
-        with tempfile.TemporaryDirectory() as folder, live.Tracer("tcpaccept", "-p", os.getpid()) as tracer:
+        with tempfile.TemporaryDirectory() as folder, live.Tracer("tcpaccept", "--netns", self.netns) as tracer:
             listener = socket.socket(socket.AF_UNIX)
             listener.bind(folder + "/socket")
             listener.listen()
@@ -91,7 +87,7 @@ class TcpacceptAgainstWorkload(unittest.TestCase):
             self.skipTest("this kernel has no MPTCP: %s" % error)
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        with live.Tracer("tcpaccept", "--json", "-P", listener.getsockname()[1]) as tracer:
+        with live.Tracer("tcpaccept", "--json", "--netns", self.netns) as tracer:
             for protocol in (262, 0):
                 with socket.socket(socket.AF_INET, socket.SOCK_STREAM, protocol) as client:
                     client.connect(listener.getsockname())
@@ -116,9 +112,9 @@ class TcpacceptAgainstWorkload(unittest.TestCase):
                 fd = listener._accept()[0]
                 assert fd >= first, fd
             return [client.getsockname()[1] for client in clients]
-        with listener, live.Tracer("tcpaccept", "--json", "-P", listener.getsockname()[1]) as tracer:
-            pid, ports = in_child(work)
-        self.assertEqual([(line["pid"], str(line["rport"])) for line in tracer.objects],
+        with listener, live.Tracer("tcpaccept", "--json", "--netns", self.netns) as tracer:
+            pid, ports = live.in_process(work)
+        self.assertEqual([(line["pid"], line["rport"]) for line in tracer.objects],
                          [(pid, port) for port in ports])
 
     def test_descriptors_closed_by_another_thread(self):
@@ -161,17 +157,16 @@ class TcpacceptAgainstWorkload(unittest.TestCase):
                         workload.reset(client)
             visitor = workload.spawn("visitor", None, visit)
             os.waitpid(visitor, 0)
-            time.sleep(0.2)
+            live.settle(0.2)
             over.set()
             return log
-        with listener, live.Tracer("tcpaccept", "--json", check=False) as tracer:
-            pid, log = in_child(work)
-        lost = live.reported_losses(tracer)
-        printed = [line for line in tracer.objects if line["pid"] == pid or line["lport"] == port]
-        missing, foreign = live.compare(log, ["%s %d" % (line["raddr"], line["rport"]) for line in printed], str)
+        with listener, live.Tracer("tcpaccept", "--json", "--netns", self.netns, check=False) as tracer:
+            pid, log = live.in_process(work)
+        missing, foreign = live.compare(
+            log, ["%s %d" % (line["raddr"], line["rport"]) for line in tracer.objects], str)
         self.assertEqual(foreign, [])
-        self.assertEqual({(line["pid"], line["lport"]) for line in printed}, {(pid, port)})
-        self.assertEqual(len(missing), lost)
+        self.assertEqual({(line["pid"], line["lport"]) for line in tracer.objects}, {(pid, port)})
+        self.assertEqual((tracer.status, len(missing)), (0, live.reported_losses(tracer)))
         self.assertEqual(len(log), 2000)
 
     def test_many_threads_waiting(self):
@@ -182,12 +177,12 @@ class TcpacceptAgainstWorkload(unittest.TestCase):
             crowd = [threading.Thread(target=lambda: listener.accept()[0].close()) for _ in range(300)]
             for thread in crowd:
                 thread.start()
-            time.sleep(0.3)
+            live.settle(0.3)
             for _ in crowd:
                 socket.create_connection(listener.getsockname()).close()
             for thread in crowd:
                 thread.join()
             return []
-        with listener, live.Tracer("tcpaccept", "-P", listener.getsockname()[1]) as tracer:
-            in_child(work)
+        with listener, live.Tracer("tcpaccept", "--netns", self.netns) as tracer:
+            live.in_process(work)
         self.assertEqual(len(tracer.lines), 301)

@@ -6,7 +6,6 @@ import resource
 import select
 import socket
 import time
-import unittest
 
 import live
 import workload
@@ -22,16 +21,16 @@ def raise_limit():
 class Crowd:
     """Pairs of processes with many connections between them, all open from the moment the context is entered."""
 
-    def __init__(self, pairs=PAIRS, each=EACH, namespace=None):
+    def __init__(self, pairs=PAIRS, each=EACH):
         self.each, self.ends = each, []
         self.ready, is_ready = self.pipe()
         over, self.over = self.pipe()
         self.pids, ports = [], []
         for n in range(pairs):
             reader, writer = self.pipe()
-            self.pids.append(workload.spawn("many-server%d" % n, namespace, self.serve, n, writer, is_ready, over))
+            self.pids.append(workload.spawn("many-server%d" % n, None, self.serve, n, writer, is_ready, over))
             ports.append(int(os.read(reader, 10)))
-        self.pids += [workload.spawn("many-client%d" % n, namespace, self.visit, n, ports[n], is_ready, over)
+        self.pids += [workload.spawn("many-client%d" % n, None, self.visit, n, ports[n], is_ready, over)
                       for n in range(pairs)]
 
     def pipe(self):
@@ -76,28 +75,15 @@ def rss(tracer):
     return int(status.split("VmRSS:")[1].split()[0])
 
 
-@unittest.skipUnless(live.MAY_TRACE, live.WHY_NOT)
-class Many(unittest.TestCase):
-    """All in a network namespace where nobody else has connections."""
-
-    maxDiff = None
-
-    @classmethod
-    def setUpClass(cls):
-        cls.namespaces = live.Namespaces().__enter__()
-        cls.where = cls.namespaces.client
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.namespaces.__exit__()
-
+class Many(live.Alone):
     def test_a_hundred_thousand_at_once(self):
-        """Every session is printed, but those whose end the kernel did not show: see live.UnseenStateChanges."""
-        with live.Tracer("tcplife", "--json", "--netns", self.where, check=False) as tracer, \
-                live.UnseenStateChanges(tracer) as unseen:
-            with Crowd(namespace=self.where) as crowd:
+        """Every session is printed, but those whose end the kernel did not show: see live.agent()."""
+        own = live.of(*("127.0.1.%d" % (n + 1) for n in range(PAIRS)))
+        with live.Tracer("tcplife", "--json", "--netns", self.netns, check=False) as tracer, \
+                live.UnseenStateChanges(own) as unseen:
+            with Crowd() as crowd:
                 held = live.entries(tracer, "sessions")
-            time.sleep(0.5)
+            live.settle(0.5)
             left = live.entries(tracer, "sessions")
         printed = collections.Counter(line["pid"] for line in tracer.objects)
         self.assertEqual(held, 2 * PAIRS * EACH)
@@ -108,16 +94,16 @@ class Many(unittest.TestCase):
             self.assertEqual(printed, dict.fromkeys(crowd.pids, EACH))
 
     def test_a_million_one_after_the_other(self):
-        churn = live.Load(self.where)
+        churn = live.Load()
         load = churn.start(510000, 2)
         names = {"tcplife": "sessions", "deeptcptracer": "owners"}
-        tracers = {tool: live.Tracer(tool, "--netns", self.where, *options, check=False) for tool, options in {
+        tracers = {tool: live.Tracer(tool, "--netns", self.netns, *options, check=False) for tool, options in {
             "tcplife": [], "tcpaccept": [], "tcpv4connect": [], "deeptcptracer": ["-e", "tcp_reset"]}.items()}
         with live.tracing(*tracers.values()):
             time.sleep(1)
             before = {tool: rss(tracer) for tool, tracer in tracers.items()}
             self.assertIn("connections 1020000 ", load.communicate()[0])
-            time.sleep(0.5)
+            live.settle(0.5)
             after = {tool: rss(tracer) for tool, tracer in tracers.items()}
             left = {tool: live.entries(tracers[tool], name) for tool, name in names.items()}
         for tool in tracers:
@@ -126,13 +112,13 @@ class Many(unittest.TestCase):
 
     def test_maps_that_are_too_small(self):
         """What fits is traced, the rest is reported."""
-        sessions = live.Tracer("tcplife", "--json", "--netns", self.where, check=False, pretend={"MAX_SESSIONS": 1000})
-        events = live.Tracer("deeptcptracer", "-e", "tcp_reset", "-N", self.where, check=False,
+        sessions = live.Tracer("tcplife", "--json", "--netns", self.netns, check=False, pretend={"MAX_SESSIONS": 1000})
+        events = live.Tracer("deeptcptracer", "-e", "tcp_reset", "-N", self.netns, check=False,
                              pretend={"MAX_SOCKETS": 1000})
         with live.tracing(sessions, events):
-            with Crowd(1, 2000, self.where) as crowd:
+            with Crowd(1, 2000) as crowd:
                 pass
-            log = workload.work(scenarios=["client_close"], namespaces=(self.where, self.where))
+            log = workload.work(scenarios=["client_close"])
         printed = collections.Counter(line["pid"] for line in sessions.objects)
         self.assertEqual(sum(printed[pid] for pid in crowd.pids) + live.reported_losses(sessions), 4000,
                          sessions.stderr)

@@ -6,13 +6,12 @@ usage: soak.py [-r RATE] SECONDS
 The load: connload.c at RATE connections per second, with it the rounds of workload.py one after the other, and now and
 then a crowd of 2,000 connections that are open at once. In the end every tool's lines are compared with what the load
 itself has counted. Prints a row per check; exit status 1 if one fails. A state change that the kernel has not shown to
-any program (live.UnseenStateChanges) may be missing, no other; and tcplife has to report it.
+any program (live.agent()) may be missing, no other; and tcplife has to report it.
 """
 import argparse
 import collections
 import contextlib
 import signal
-import subprocess
 import sys
 import time
 
@@ -112,9 +111,7 @@ def main():
     args = parser.parse_args()
     test_tcplife.MS = 200               # the processes that log wait for a CPU
     check, program = Check(), live.Load()
-    command = [program.binary, str(10 ** 9), "2", str(args.rate)]
-    load = subprocess.Popen(["sh", "-c", 'read -r _; exec "$0" "$@"', *command],       # waits for a word
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    load = program.hold(10 ** 9, 2, args.rate)
     tracers = {tool: live.Tracer(tool, "--json", *options, check=False) for tool, options in {
         "tcplife": [], "tcpaccept": [], "tcpv4connect": [], "tcpchurn": [load.pid, "-i", "1"],
         "deeptcptracer": ["-e", "tcp_set_state", "-d", ADDRESS]}.items()}
@@ -124,7 +121,7 @@ def main():
         stack.callback(load.kill)
         for tracer in tracers.values():
             stack.enter_context(tracer)
-        unseen = stack.enter_context(live.UnseenStateChanges(tracers["tcplife"]))
+        unseen = stack.enter_context(live.UnseenStateChanges())
         load.stdin.write("\n")
         load.stdin.flush()
         log, visits = mixed_load(max(10, min(60, args.seconds / 10)))

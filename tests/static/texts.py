@@ -7,6 +7,7 @@ phrases: no phrase of phrases.txt is in these files. messages: whatever these to
 manual pages. figures: the README's and the manual pages' figures are those of docs/benchmarks.md. Prints what is wrong;
 exit status 1 if anything is.
 """
+import ast
 import importlib
 import pathlib
 import re
@@ -39,16 +40,25 @@ def page(name):
     return " ".join(re.sub(".\b", "", text).split())
 
 
+def said_by(path):
+    """Returns the messages in Python's text: the first string in each call for one, and what follows a tool's name."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    calls = [node for node in nodes if isinstance(node, ast.Call) and
+             getattr(node.func, "id", getattr(node.func, "attr", "")) in ("say", "die", "exit", "OSError")]
+    strings = [[node.value for node in ast.walk(call) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+               for call in calls]
+    return [texts[0] for texts in strings if texts] + [
+        node.value for node in nodes if isinstance(node, ast.Constant) and re.match("%s: (?!%s)", str(node.value))]
+
+
 def messages(*tools):
-    """Returns the messages that are in no DIAGNOSTICS."""
+    """Returns the messages that are in no manual page."""
     wrong = []
     for tool in tools:
-        module = importlib.import_module(tool)
-        source = "".join(path.read_text() for path in (ROOT / (tool + ".py"), ROOT / "btfheaders.py"))
-        texts = [*module.LOSSES, *re.findall(r'"%s: (?!%)([^"\n]*)"', source)]
+        texts = [*getattr(importlib.import_module(tool), "LOSSES", {}).values(), *said_by(ROOT / (tool + ".py"))]
         pages = page(tool + ".8") + page("tcp-tracers.7")
-        wrong += ["%s: in no manual page: %s" % (tool, text) for text in texts
-                  if max(re.split(r"%\w", text), key=len).strip(" :") not in pages]
+        wrong += ["%s: in no manual page: %r" % (tool, text) for text in texts
+                  if max(re.split(r"%\w|^btfheaders: ", text), key=len).strip(" :") not in pages]
     return wrong
 
 

@@ -8,29 +8,31 @@ import tempfile
 import threading
 import unittest
 
+import ctext
+
 PID = ["", "abc", "-1", "0", "1.5", "99999999", "\u0661", "1_0", "+1", "0x10"]
 PORTS = ["", "0", "99999", "65536", "80,x", "80,", ",80", "-80", "80;81", "80-90", "8e1", "http", "\u0661"]
 SECONDS = ["", "0", "-1", "1e3", "inf", "nan", "abc", "\u0661", "1_0", "99999999999"]
 NETNS = ["", "0", "-1", "99999999999", "nosuchnamespace", "/etc/passwd", "/proc/self/ns/mnt", "/nonexistent",
          "../../etc/passwd"]
-NETWORKS = ["", "host", "1.2.3", "10.0.0.0/33", "300.1.1.1", "::1/129", "fe80::x", "fe80::1%eth0", "\u0661.0.0.1",
-            "10.0.0.1,"]
+NETWORKS = ["", "host", "1.2.3", "10.0.0.0/33", "300.1.1.1", "::1/129", "fe80::x", "fe80::1%no/interface", "fe80::1%",
+            "fe80::1%lo/64", "fe80::1%-1", "fe80::1%\u0661", "fe80::1%4294967296", "fe80::1%99999999999999999999",
+            "10.0.0.1%lo", "\u0661.0.0.1", "10.0.0.1,"]
 MAP = ["", "nosuch", "/sys/fs/bpf/nosuch", '/etc/pass"wd']
-ALL = {"--netns": NETNS, "--duration": SECONDS, "--probes": ["", "uprobe"]}
+ALL = {"--netns": NETNS, "--duration": SECONDS}
+ALL_LINES = ["--nosuch", "-z", "word", "--no-kprobe=yes", "--probes kprobe", "--ebpf=yes", "-h=yes"]
 # By tool: values that an option refuses, by option ("": without a value); and other wrong command lines.
 WRONG = {
     "tcplife": ({**ALL, "-p": PID, "-L": PORTS, "-D": PORTS, "--owner": ["", "nobody"]},
-                ["-4 -6", "-s -w", "-s --json", "-w --json", "--nosuch", "-z", "word"]),
-    "tcpaccept": ({**ALL, "-p": PID, "-P": PORTS, "--cgroupmap": MAP, "--mntnsmap": MAP},
-                  ["-4 -6", "--nosuch", "-z", "word"]),
+                ["-4 -6", "-s -w", "-s --json", "-w --json"]),
+    "tcpaccept": ({**ALL, "-p": PID, "-P": PORTS, "--cgroupmap": MAP, "--mntnsmap": MAP}, ["-4 -6"]),
     "tcpv4connect": ({**ALL, "-p": PID, "-P": PORTS, "-u": ["", "-1", "root", "4294967296", "1.0", "\u0661"]},
-                     ["--failed", "--nosuch", "-z", "word"]),
-    "tcpchurn": ({**ALL, "-w": ["", "0", "-1", "x", "1,,2", "1,2,", "inf", "1e3", "0.0001,9999999"],
-                  "-i": SECONDS}, ["", "1 2", "-w 5", "1 -c --json", "1 --json --prometheus a.prom",
-                        "1 --prometheus a.txt", "1 --prometheus", "1 --nosuch", "1 -z", "1 word", *PID[1:]]),
+                     ["--failed", "--no-kprobe"]),
+    "tcpchurn": ({**ALL, "-w": ["", "0", "-1", "x", "1,,2", "1,2,", "inf", "1e3", "0.0001,9999999"], "-i": SECONDS},
+                 ["", "1 2", "-w 5", "1 -c --json", "1 --json --prometheus a.prom", "1 --prometheus a.txt",
+                  "1 --prometheus", *PID[1:]]),
     "deeptcptracer": ({**ALL, "-N": NETNS, "-p": PID, "-s": NETWORKS, "-d": NETWORKS, "-S": PORTS, "-D": PORTS,
-                       "-e": ["", "nosuch", "tcp_fin,", "tcp_fin(garbage", "tcp_fin -R"]},
-                      ["-4 -6", "-m 5", "--nosuch", "-z", "word"]),
+                       "-e": ["", "nosuch", "tcp_fin,", "tcp_fin(garbage", "tcp_fin -R"]}, ["-4 -6", "-m 5"]),
 }
 
 
@@ -48,9 +50,13 @@ class Wrong(unittest.TestCase):
         for tool, (options, lines) in WRONG.items():
             rest = ["1"] if tool == "tcpchurn" else []
             commands = [rest + [option, *value.split()] for option, values in options.items() for value in values]
+            commands += [rest + line.split() for line in ALL_LINES]
             for argv in commands + [line.split() for line in lines]:
                 with self.subTest(tool=tool, argv=argv):
                     self.refused(tool, argv)
+
+    def test_all_tools(self):
+        self.assertEqual(set(WRONG), set(ctext.NAMES.split()))
 
     def test_a_thread_is_no_process(self):
         over = threading.Event()

@@ -190,8 +190,10 @@ def process_state():
 
 class Compiled(unittest.TestCase):
     """compile_it is a stand-in for bcc here."""
-    def fails(self, compile_it, kind, message):
-        with self.assertRaisesRegex(kind, message) as failed:
+    def fails(self, compile_it, kind, message, needed=0):
+        """As root with the capabilities that are needed. needed: others. Returns the exception."""
+        with mock.patch("os.geteuid", return_value=0), mock.patch.object(btfheaders, "NEEDED", needed), \
+                mock.patch.object(btfheaders, "CAP_SYS_ADMIN", 0), self.assertRaisesRegex(kind, message) as failed:
             btfheaders.compiled(TYPES, compile_it)
         return failed.exception
 
@@ -255,6 +257,12 @@ class Compiled(unittest.TestCase):
         before = process_state()
         self.fails(compile_it, ValueError, "^bcc failed: some.c:1:2: error: no such thing$")
         self.assertEqual(before, process_state())
+
+    def test_without_capabilities(self):
+        def compile_it():
+            raise OSError("bcc failed")
+        self.fails(compile_it, OSError, "^bcc failed: needs root, or the capabilities that the manual page names",
+                   needed=1 << 60)
 
     def test_a_reason_on_stdout(self):
         def compile_it():

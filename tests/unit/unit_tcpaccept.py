@@ -3,27 +3,40 @@ import json
 import struct
 import unittest
 
+import ctext
 import tcpaccept
 
-LOOPBACK = bytes(10) + b"\xff\xff\x7f\0\0\1"
+LADDR, RADDR = "192.0.2.1", "198.51.100.2"
 
 
 class Output(unittest.TestCase):
-    def accept(self, *options, comm=b"sshd"):
+    def accept(self, *options, comm=b"sshd", laddr=LADDR, raddr=RADDR):
         record = tcpaccept.RECORD.unpack(tcpaccept.RECORD.pack(
-            5 * 10 ** 9, struct.pack("=I16s", 907, comm), 4026531840, LOOPBACK, LOOPBACK, 22, 40000))
+            5 * 10 ** 9, struct.pack("=I16s", 907, comm), ctext.address(laddr), ctext.address(raddr), 22, 40000,
+            4026531840, 99))
         args = tcpaccept.parse_args(options)
-        return tcpaccept.header(args), tcpaccept.line(args, record, 5 * 10 ** 9, 0)
+        return tcpaccept.header(args), tcpaccept.line(args, record, 3 * 10 ** 9, 10 ** 9)
 
     def test_documented_format(self):
         self.assertEqual(self.accept(), (
             "PID    COMM         IP RADDR            LADDR            LPORT\n",
-            "907    sshd         4  127.0.0.1        127.0.0.1        22\n"))
+            "907    sshd         4  198.51.100.2     192.0.2.1        22\n"))
         self.assertEqual(self.accept("-t"), (
             "TIME(s)  PID    COMM         IP RADDR            LADDR            LPORT\n",
-            "0.000    907    sshd         4  127.0.0.1        127.0.0.1        22\n"))
-        self.assertEqual(self.accept("-r")[1].split()[4], "40000")
-        self.assertEqual(self.accept("-r")[0].split()[4], "RPORT")
+            "2.000    907    sshd         4  198.51.100.2     192.0.2.1        22\n"))
+        self.assertEqual(self.accept("-r"), (
+            "PID    COMM         IP RADDR            RPORT LADDR            LPORT\n",
+            "907    sshd         4  198.51.100.2     40000 192.0.2.1        22\n"))
+        self.assertEqual(self.accept(laddr="2001:db8::1", raddr="2001:db8::2")[1].split(),
+                         ["907", "sshd", "6", "2001:db8::2", "2001:db8::1", "22"])
+
+    def test_json(self):
+        self.assertEqual(self.accept("--json")[0], "")
+        self.assertEqual(json.loads(self.accept("--json")[1]), {
+            "ts": 6, "pid": 907, "comm": "sshd", "ip": 4, "laddr": LADDR, "lport": 22, "raddr": RADDR, "rport": 40000,
+            "netns": 4026531840})
+        value = json.loads(self.accept("--json", laddr="2001:db8::1", raddr="2001:db8::2")[1])
+        self.assertEqual([value[name] for name in ("ip", "laddr", "raddr")], [6, "2001:db8::1", "2001:db8::2"])
 
     def test_hostile_comm(self):
         for comm in (b"\x1b[2J", b"a\nb", b"\xff", b'"', b"\\"):
