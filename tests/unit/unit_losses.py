@@ -115,7 +115,7 @@ class Losses(unittest.TestCase):
             kernel.misses[FIRST] += 4
             kernel.report(True)
             self.assertEqual(kernel.said, ["3 " + texts[0], "3 " + texts[-1], "2 " + texts[0], "2 " + texts[-1],
-                                           "in all 5 " + texts[0], "4 " + texts[-1], "in all 9 " + texts[-1]])
+                                           "4 " + texts[-1], "in all 5 " + texts[0], "in all 9 " + texts[-1]])
 
     def test_what_the_second_program_did_is_not_lost(self):
         for kernel, _ in self.kernels():
