@@ -631,7 +631,9 @@ def open_events(bpf, record):
     page, size = mmap.PAGESIZE, RING_PAGES * mmap.PAGESIZE
     consumer = mmap.mmap(bpf["events"].map_fd, page)
     ring = memoryview(mmap.mmap(bpf["events"].map_fd, page + 2 * size, prot=mmap.PROT_READ, offset=page))
-    position, produced, data = ctypes.c_ulong.from_buffer(consumer), ring[:8].cast("L"), ring[page:]
+    position = ctypes.c_ulong.from_buffer(consumer)
+    produced = ring[:8].cast("L")
+    data = ring[page:]
 
     def read():
         start, end = position.value & size - 1, produced[0]

@@ -157,11 +157,19 @@ static inline void established(struct sock *sk, int oldstate)
     }
 }
 
-/* The current process uses this socket. */
-static inline void own(struct session *s)
+/* The current process uses this socket. Returns its session, NULL if it is not known. */
+static inline struct session *own(struct sock *sk)
 {
-    if (!s->owner.pid)
-        set_owner(&s->owner);
+    struct session *s = sessions.lookup(&sk);
+    struct owner o = {};
+
+    if (!s || s->owner.pid)
+        return s;
+    set_owner(&o);
+    s = sessions.lookup(&sk);   /* again: a softirq may have ended it and given its memory to another one */
+    if (s)
+        s->owner = o;
+    return s;
 }
 
 static inline u32 end_of(struct sock *sk, int oldstate, bool fin_acked, bool fin_came, bool is_orphan)
@@ -255,14 +263,14 @@ static inline void accepted(struct sock *sk, bool is_sure)
         return claim(sk, bpf_ktime_get_ns());
     if (s->role != ACCEPT || s->ready)  /* that is an older one */
         return;
-    own(s);
-    s->ready = bpf_ktime_get_ns();
+    s = own(sk);
+    if (s)
+        s->ready = bpf_ktime_get_ns();
 }
 
 static inline void state_change(void *ctx, struct sock *sk, int oldstate, int newstate)
 {
     bool closes = newstate == TCP_FIN_WAIT1 || newstate == TCP_LAST_ACK;
-    struct session *s;
 
     if (oldstate == TCP_CLOSE || oldstate == TCP_LISTEN)
         forget(sk);
@@ -273,9 +281,7 @@ static inline void state_change(void *ctx, struct sock *sk, int oldstate, int ne
     } else if (newstate == TCP_ESTABLISHED) {
         established(sk, oldstate);
     } else if (closes && READ(sk, sk_lock.owned)) {     /* not in softirq */
-        s = sessions.lookup(&sk);
-        if (s)
-            own(s);
+        own(sk);
     } else if (newstate == TCP_CLOSE) {
         death(sk, oldstate);
     }
@@ -842,7 +848,9 @@ def open_events(bpf, record):
     page, size = mmap.PAGESIZE, RING_PAGES * mmap.PAGESIZE
     consumer = mmap.mmap(bpf["events"].map_fd, page)
     ring = memoryview(mmap.mmap(bpf["events"].map_fd, page + 2 * size, prot=mmap.PROT_READ, offset=page))
-    position, produced, data = ctypes.c_ulong.from_buffer(consumer), ring[:8].cast("L"), ring[page:]
+    position = ctypes.c_ulong.from_buffer(consumer)
+    produced = ring[:8].cast("L")
+    data = ring[page:]
 
     def read():
         start, end = position.value & size - 1, produced[0]
