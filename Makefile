@@ -26,7 +26,7 @@ LOAD    = load_loss load_many
 PROVE   = PYTHON=$(PYTHON) prove --directives --failures --comments --timer --exec 'sh -c'
 DURATION ?= 1800
 PACKAGE_RELEASES = bookworm trixie
-KERNELS = bullseye bookworm trixie sid trixie-sid bookworm-arm64 trixie-arm64-16k
+KERNELS = bullseye bookworm trixie trixie-rt sid trixie-sid bookworm-arm64 trixie-arm64-16k
 RUFF    = .venv/bin/ruff
 RUFF_VERSION = 0.17.6
 CHDB_VERSION = 26.9.0

@@ -3,11 +3,11 @@
 #
 # usage: kernels.sh NAME ...
 #
-# NAME is a release (bookworm), with Debian's name of a kernel for another architecture (trixie-arm64-16k), or with the
-# release that the kernel is from (trixie-sid). It is unpacked once, into a folder of the cache, and mounted read-only
-# in the guest, with this repository beside it. There all_tools.py runs. All is emulated in software: /dev/kvm is
-# not needed, and times mean nothing. MODES chooses among all_tools.py's; without it, peers.py runs as well. The tables
-# and what was wrong are printed once more at the end.
+# NAME is a release (bookworm), with Debian's name of a kernel for another architecture (trixie-arm64-16k), with rt for
+# its PREEMPT_RT kernel (trixie-rt), or with the release that the kernel is from (trixie-sid). It is unpacked once, into
+# a folder of the cache, and mounted read-only in the guest, with this repository beside it. There all_tools.py runs. All
+# is emulated in software: /dev/kvm is not needed, and times mean nothing. MODES chooses among all_tools.py's; without
+# it, peers.py runs as well. The tables and what was wrong are printed once more at the end.
 set -eu
 
 repo=$(cd "$(dirname "$0")/../.." && pwd)
@@ -15,8 +15,9 @@ cache=${XDG_CACHE_HOME:-$HOME/.cache}/tcp-tracers
 limit=1500              # seconds a guest may take
 
 # Nothing of the release runs on this machine, so it may be of any architecture.
-install_release() {     # install_release NAME RELEASE KERNEL
-    mmdebstrap --quiet --mode=root --variant=extract --architectures="${3%%-*}" --include='?priority(required)' \
+install_release() {     # install_release NAME RELEASE KERNEL [ARCHITECTURE]
+    mmdebstrap --quiet --mode=root --variant=extract --architectures="${4:-${3%%-*}}" \
+        --include='?priority(required)' \
         --include="python3-bpfcc,bpfcc-tools,iproute2,procps,kmod,busybox-static,linux-image-$3,linux-headers-$3" \
         --aptopt='Acquire::Check-Valid-Until "false"' "$2" "$cache/$1.part"     # sid's index may be older than it says
     mkdir "$cache/$1.part/mnt"
@@ -40,6 +41,7 @@ make_root() {           # make_root NAME: a folder of the cache, unless it is th
     mkdir -p "$cache"
     case $1 in
     *-sid) exchange_kernel "$1" "${1%-sid}" sid ;;
+    *-rt) install_release "$1" "${1%-rt}" rt-amd64 amd64 ;;
     *-*) install_release "$1" "${1%%-*}" "${1#*-}" ;;
     *) install_release "$1" "$1" amd64 ;;
     esac
