@@ -58,7 +58,7 @@ def messages(*tools):
         texts = [*getattr(importlib.import_module(tool), "LOSSES", {}).values(), *said_by(ROOT / (tool + ".py"))]
         pages = page(tool + ".8") + page("tcp-tracers.7")
         wrong += ["%s: in no manual page: %r" % (tool, text) for text in texts
-                  if max(re.split(r"%\w|^btfheaders: ", text), key=len).strip(" :") not in pages]
+                  if max(re.split(r"%\w|^btfheaders: ", text), key=len).strip(" :\n") not in pages]
     return wrong
 
 
