@@ -5,8 +5,8 @@
 #
 # NAME is a release (bookworm), with Debian's name of a kernel for another architecture (trixie-arm64-16k), with rt for
 # its PREEMPT_RT kernel (trixie-rt), or with the release that the kernel is from (trixie-sid). It is unpacked once, into
-# a folder of the cache, and mounted read-only in the guest, with this repository beside it. There all_tools.py runs. All
-# is emulated in software: /dev/kvm is not needed, and times mean nothing. MODES chooses among all_tools.py's; without
+# a folder of the cache, and mounted read-only in the guest, with this repository beside it. There all_tools.py runs.
+# All is emulated: no /dev/kvm is needed, and times mean nothing. MODES chooses among all_tools.py's; without
 # it, peers.py runs as well. The tables and what was wrong are printed once more at the end.
 set -eu
 
