@@ -20,7 +20,7 @@ PREFIX  ?= /usr/local
 DESTDIR ?=
 PYTHON  ?= /usr/bin/python3
 TOOLS   = tcplife tcpaccept tcpv4connect tcpchurn deeptcptracer
-LIVE    = $(TOOLS:%=test_%) test_hostile test_second test_right
+LIVE    = $(TOOLS:%=test_%) test_hostile test_second test_right test_reports test_output
 LOAD    = load_loss load_many
 # Each argument is a command, so that a tool has a line of its own in what prove prints.
 PROVE   = PYTHON=$(PYTHON) prove --directives --failures --comments --timer --exec 'sh -c'
@@ -43,7 +43,9 @@ demo: deps-demo
 	@PYTHON=$(PYTHON) sh tests/setup/demo.sh
 
 test: deps-test $(RUFF)
-	$(PROVE) tests/static/lint.t tests/unit/unit.t $(TOOLS:%='tests/live/cli.t %') $(LIVE:%='tests/live/live.t %')
+	@mkdir -p build && rm -f build/retries
+	RETRIES=$(CURDIR)/build/retries $(PROVE) tests/static/lint.t tests/unit/unit.t \
+	    $(TOOLS:%='tests/live/cli.t %') $(LIVE:%='tests/live/live.t %')
 
 test-load: deps-test
 	$(PROVE) $(LOAD:%='tests/live/live.t %')
@@ -85,7 +87,7 @@ deps-demo:
 
 deps-test: deps-demo
 	@$(PYTHON) -c 'import tap, venv, ensurepip' 2>/dev/null && \
-	 $(call have,prove shellcheck mandoc col cc bpftool sysctl mount jq) || sh tests/setup/packages.sh test
+	 $(call have,prove shellcheck mandoc col cc bpftool sysctl mount jq nft) || sh tests/setup/packages.sh test
 
 deps-bench: deps-test
 	@$(PYTHON) -c 'import matplotlib' 2>/dev/null || sh tests/setup/packages.sh bench

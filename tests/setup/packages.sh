@@ -22,7 +22,7 @@ install() {     # install COMMAND... with the packages of the chosen kind
 kind=${1:?}
 if command -v apt-get >/dev/null; then
     demo='python3-bpfcc iproute2'
-    test='python3-tap python3-venv perl shellcheck mandoc gcc libc6-dev procps bsdextrautils bpftool mount jq'
+    test='python3-tap python3-venv perl shellcheck mandoc gcc libc6-dev procps bsdextrautils bpftool mount jq nftables'
     bench='python3-matplotlib bpfcc-tools libbpf-tools'
     fleet='syslog-ng-core syslog-ng-mod-http clickhouse-server clickhouse-client prometheus prometheus-node-exporter'
     fleet="$fleet tzdata"
@@ -34,17 +34,17 @@ if command -v apt-get >/dev/null; then
     install apt-get install -y -qq --no-install-recommends
 elif command -v dnf >/dev/null; then
     demo='python3-bcc iproute'
-    test='perl-Test-Harness ShellCheck mandoc gcc glibc-devel procps-ng util-linux bpftool jq python3-pip'
+    test='perl-Test-Harness ShellCheck mandoc gcc glibc-devel procps-ng util-linux bpftool jq nftables python3-pip'
     install dnf install -y -q
     [ "$kind" != test ] || python3 -m pip install -q tap.py
 elif command -v pacman >/dev/null; then
     demo='python-bcc iproute2'
-    test='perl shellcheck mandoc gcc procps-ng util-linux bpf jq python-pip'
+    test='perl shellcheck mandoc gcc procps-ng util-linux bpf jq nftables python-pip'
     install pacman -S --needed --noconfirm --quiet
     [ "$kind" != test ] || python3 -m pip install -q --break-system-packages tap.py
 elif command -v zypper >/dev/null; then
     demo='python3-bcc iproute2'
-    test='perl ShellCheck mandoc gcc glibc-devel procps util-linux bpftool jq python3-pip'
+    test='perl ShellCheck mandoc gcc glibc-devel procps util-linux bpftool jq nftables python3-pip'
     install zypper --quiet --non-interactive install
     [ "$kind" != test ] || python3 -m pip install -q tap.py
 else
