@@ -25,14 +25,14 @@ PYTHON = os.environ.get("PYTHON", "/usr/bin/python3")
 TOOLS = os.environ.get("TOOLS", str(ROOT))                      # the directory of the tools
 SLOW = workload.SLOW
 # Numbers of the system calls that time.sleep() makes: clock_nanosleep(), or select() or pselect6() of no descriptor.
-SLEEPS = {"x86_64": ("230", "23 0x0", "270 0x0"), "aarch64": ("115", "72 0x0")}[os.uname().machine]
+SLEEPS = {"x86_64": ("230", "23 0x0", "270 0x0"), "aarch64": ("115", "72 0x0")}.get(
+    os.uname().machine, ())
 # For pretend=: the constants of a tool on a kernel whose programs can be preempted.
 SEVEN = {"KERNEL": (7, 0), "PREEMPTIBLE": True, "MAX_MARKS": 1 << 14}
-MAY_TRACE = os.geteuid() == 0 and os.path.exists("/sys/kernel/btf/vmlinux")
-WHY_NOT = "needs root and a kernel with BTF"
+MAY_TRACE = os.geteuid() == 0 and os.path.exists("/sys/kernel/btf/vmlinux") and bool(SLEEPS)
+WHY_NOT = "needs root and a kernel with BTF, on x86-64 or arm64"
 START = 30 * SLOW       # seconds a tool may take until it traces
 signal.signal(signal.SIGINT, signal.default_int_handler)        # in a background job it is ignored, also by the tools
-
 
 
 def settle(seconds=0.05):
@@ -161,10 +161,6 @@ def every(_record):
     return True
 
 
-def no_record(_record):
-    return False
-
-
 def ours(log, lines, connection):
     """Returns the lines of a workload: of its connections, whatever owner they name, and of its processes.
 
@@ -196,9 +192,9 @@ def reported_losses(tracer):
 TIMES = "ts", "ms", "connect_ms", "accept_ms", "state_ms", "srtt_us"
 
 
-def timeless(lines):
-    """Returns these JSON objects without their times, sorted, to be compared with what another tracer has printed."""
-    return sorted(json.dumps({name: value for name, value in line.items() if name not in TIMES}) for line in lines)
+def timeless(line):
+    """Returns the text of a JSON object without its times, to be compared with what another tracer has printed."""
+    return json.dumps({name: value for name, value in line.items() if name not in TIMES})
 
 
 def compare(known, printed, key):
@@ -339,15 +335,15 @@ MAX_RETRIES = 2         # of by_timer(), in all of a run
 
 @functools.lru_cache(maxsize=None)
 def retries():
-    """The file with a line for each retry: the one that all test files of a run share, or else of this process."""
+    """The file with a line for each retry. All test files of a run share it if they find its name in RETRIES."""
     return open(os.environ["RETRIES"], "a+") if os.environ.get("RETRIES") else tempfile.TemporaryFile("a+")
 
 
 def by_timer(test):
-    """For events that a timer causes: one of three tries must be right to the last line.
+    """For events that a timer causes: the test may be tried again, but each time is reported, and few are granted.
 
     A timer's interrupt may come while a task is current for which this kernel runs no BPF program: see agent(). That
-    is rare. So each retry is reported, and only MAX_RETRIES of a run are granted.
+    is rare. More than MAX_RETRIES in a run of all tests are a failure.
     """
     @functools.wraps(test)
     def tries(self):
@@ -355,14 +351,16 @@ def by_timer(test):
             try:
                 return test(self)
             except AssertionError as error:
-                retries().write("%s\n" % self.id())
-                retries().flush()
-                retries().seek(0)
-                count = len(retries().readlines())
-                if count > MAX_RETRIES:
+                file = retries()
+                file.write(self.id() + "\n")
+                file.flush()
+                file.seek(0)
+                count = len(file.readlines())
+                is_last = count > MAX_RETRIES
+                print("by_timer: %s: retry %d of at most %d in this run%s: %s" % (
+                    self.id(), count, MAX_RETRIES, ", not granted" if is_last else "", error), file=sys.stderr)
+                if is_last:
                     raise
-                print("by_timer: %s fails and is tried again (%d of at most %d retries in this run): %s" % (
-                    self.id(), count, MAX_RETRIES, error), file=sys.stderr, flush=True)
     return tries
 
 
@@ -374,16 +372,14 @@ class Namespaces:
     """
 
     numbers = itertools.count()
-    network, nowhere_network = ("10.%d.%d." % (first + (os.getpid() >> 8 & 63), os.getpid() & 255)
-                                for first in (64, 128))
+    here, elsewhere = ("10.%d.%d." % (first + (os.getpid() >> 8 & 63), os.getpid() & 255) for first in (64, 128))
 
     def __init__(self):
         number, pid = next(self.numbers), os.getpid()
         self.client, self.server = ("tcpt-%s-%d-%d" % (side, pid, number) for side in ("client", "server"))
         self.guests, self.hosts, self.nowhere = (
-            (network + last, str(ipaddress.ip_address("%s:%x:%x::%s" % (prefix, pid >> 16, pid & 0xffff, last))))
-            for network, prefix, last in ((self.network, "fd77", "1"), (self.network, "fd77", "2"),
-                                          (self.nowhere_network, "fd78", "1")))
+            (v4 + last, str(ipaddress.ip_address("%s:%x:%x::%s" % (v6, pid >> 16, pid & 0xffff, last))))
+            for v4, v6, last in ((self.here, "fd77", "1"), (self.here, "fd77", "2"), (self.elsewhere, "fd78", "1")))
 
     def __enter__(self):
         for command in (
@@ -397,9 +393,9 @@ class Namespaces:
                 "-n %s link set lo up" % self.client, "-n %s link set lo up" % self.server,
                 "netns exec %s sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1 "
                 "net.ipv4.icmp_ratelimit=0 net.ipv6.icmp.ratelimit=0" % self.server,
-                "-n %s route add %s/24 via %s" % (self.client, self.nowhere_network + "0", self.hosts[0]),
+                "-n %s route add %s/24 via %s" % (self.client, self.elsewhere + "0", self.hosts[0]),
                 "-n %s route add %s/128 via %s" % (self.client, self.nowhere[1], self.hosts[1]),
-                "-n %s route add unreachable %s/24" % (self.server, self.nowhere_network + "0"),
+                "-n %s route add unreachable %s/24" % (self.server, self.elsewhere + "0"),
                 "-n %s route add unreachable %s/128" % (self.server, self.nowhere[1])):
             subprocess.run(["ip"] + command.split(), check=True)
         return self
@@ -415,7 +411,7 @@ class Namespaces:
 
     def host(self, number):
         """Returns an address of the network between the two that nobody has."""
-        return self.network + str(number)
+        return self.here + str(number)
 
     @staticmethod
     def inode(name):
@@ -487,10 +483,6 @@ class Alone(unittest.TestCase):
             cls.netns = Namespaces.inode(cls.namespaces.client)
             cls.addClassCleanup(stack.pop_all().close)
 
-    def ours(self, tracer):
-        """Returns the tracer's JSON objects of this namespace."""
-        return [line for line in tracer.objects if line["netns"] == self.netns]
-
     def check_filters(self, tool, filters, play, options=()):
         """What the tool prints with each filter is what it prints without one of those that the filter lets through.
 
@@ -506,8 +498,8 @@ class Alone(unittest.TestCase):
         for filter, (is_wanted, count) in filters.items():
             with self.subTest(filter):
                 wanted = [line for line in lines if is_wanted(line)]
-                self.assertEqual(timeless([line for line in tracers[filter].objects if line["netns"] in both]),
-                                 timeless(wanted))
+                printed = [line for line in tracers[filter].objects if line["netns"] in both]
+                self.assertEqual(compare(wanted, printed, timeless), ([], []))
                 self.assertTrue(0 < len(wanted) < len(lines))
                 self.assertIn(count, (len(wanted), None))
         return lines
@@ -518,10 +510,10 @@ class Actor:
 
     END = 255
 
-    def __init__(self, steps, namespace=None):
+    def __init__(self, steps):
         self.orders, self.write = os.pipe()
         self.read, self.answers = os.pipe()
-        self.pid = workload.spawn("actor", namespace, self.obey, steps)
+        self.pid = workload.spawn("actor", None, self.obey, steps)
         os.close(self.answers)
 
     def obey(self, steps):
@@ -544,13 +536,13 @@ class Actor:
         os.waitpid(self.pid, 0)
 
 
-def in_process(work, name="child", namespace=None):
+def in_process(work):
     """Returns the PID of a process that runs work(), and what that has returned, by way of JSON."""
     with tempfile.TemporaryFile("w+") as file:
         def child():
             json.dump(work(), file)
             file.flush()
-        pid = workload.spawn(name, namespace, child)
+        pid = workload.spawn("child", None, child)
         assert os.waitpid(pid, 0)[1] == 0, "the process has failed"
         file.seek(0)
         return pid, json.load(file)

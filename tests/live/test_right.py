@@ -17,7 +17,7 @@ import time
 import live
 import workload
 
-EXIT = {"x86_64": 60, "aarch64": 93}[os.uname().machine]       # exit(2): of a thread alone
+EXIT = {"x86_64": 60, "aarch64": 93}.get(os.uname().machine)   # exit(2): of a thread alone
 F_SETPIPE_SZ, CLONE_NEWNS, IPPROTO_MPTCP = 1031, 0x20000, 262
 LAST_PID = "/proc/sys/kernel/ns_last_pid"
 

@@ -187,8 +187,8 @@ class OneByOne(live.Alone):
                 self.assertEqual(line["err"], line["result"] if line["result"].isupper() else None)
                 self.assertGreater(here, 0)
                 self.assertEqual((line["pid"], line["comm"]), (os.getpid(), workload.get_comm()))
-        self.assertEqual(live.timeless(failed.objects),
-                         live.timeless(line for line in every.objects if line["result"] != "ok"))
+        failures = [line for line in every.objects if line["result"] != "ok"]
+        self.assertEqual(live.compare(failures, failed.objects, live.timeless), ([], []))
         return {where: ms for where, _, ms in known}
 
     def test_each_result(self):
