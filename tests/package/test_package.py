@@ -243,7 +243,7 @@ class Package(unittest.TestCase):
                 ("tcplife --owner c", "tcplife --owner close "),
                 ("tcplife --owner=a", "tcplife --owner=accept "),
                 ("/usr/sbin/tcplife --js", "/usr/sbin/tcplife --json "),
-                ("tcpaccept --probes k", "tcpaccept --probes kprobe "),
+                ("tcpaccept --no-k", "tcpaccept --no-kprobe "),
                 ("tcpaccept --mntnsmap /root/m", "tcpaccept --mntnsmap /root/maps/"),
                 ("tcpv4connect --netns b", "tcpv4connect --netns blue "),
                 ("deeptcptracer -N ", "deeptcptracer -N blue "),
@@ -254,7 +254,7 @@ class Package(unittest.TestCase):
                 ("tcpchurn -i ", "tcpchurn -i ")):
             with self.subTest(typed=typed):
                 self.assertEqual(shell.complete(typed), completed)
-        events = {event.partition("(")[0] for event in deeptcptracer.EVENTS}
+        events = {event.partition("(")[0] for event in deeptcptracer.EVENT_NAMES}
         self.assertEqual(shell.offers("deeptcptracer -e "), events)
         for typed in "tcplife -p ", "tcplife -Tp ", "tcpaccept --pid ", "tcpchurn ", "tcpchurn -w 1 5 ":
             with self.subTest(typed=typed):
