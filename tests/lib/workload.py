@@ -482,14 +482,14 @@ def unread_client(run, port, *_):
     """Has not read the reply when it closes."""
     sock, record = connect(run, port)
     record.update(sent=send(sock, REQUEST), received=REPLY)
-    time.sleep(PAUSE)
+    sock.recv(REPLY, socket.MSG_PEEK | socket.MSG_WAITALL)
     finish(run, "client", sock, record, socket.socket.close)
 
 
 def unread_after_shutdown(run, port, *_):
     sock, record = connect(run, port)
     record.update(sent=send(sock, REQUEST), received=REPLY)
-    time.sleep(PAUSE)
+    sock.recv(REPLY, socket.MSG_PEEK | socket.MSG_WAITALL)
     sock.shutdown(socket.SHUT_WR)
     time.sleep(PAUSE)
     finish(run, "client", sock, record, socket.socket.close)
