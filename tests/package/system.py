@@ -24,9 +24,9 @@ def base(release, kind):
         part = path.with_suffix(".part")
         shutil.rmtree(part, ignore_errors=True)
         download = "APT_CONFIG=$MMDEBSTRAP_APT_CONFIG apt-get -qq -y --no-install-recommends --download-only install "
-        subprocess.run(["mmdebstrap", "--quiet", "--variant=apt", "--include=" + packages, "--skip=cleanup/apt",
-                        "--customize-hook=" + (download + downloaded if downloaded else ":"), release, part],
-                       check=True)
+        hook = ["--customize-hook=" + download + downloaded] if downloaded else []
+        subprocess.run(["mmdebstrap", "--quiet", "--variant=apt", "--include=" + packages, "--skip=cleanup/apt", *hook,
+                        release, part], check=True)
         part.rename(path)
     return path
 
