@@ -502,10 +502,11 @@ def netns(text):
     """Returns the inode number of a network namespace, given as such, as a path or as a name from `ip netns list`."""
     path = text if "/" in text else "/run/netns/" + text
     if text.isdecimal() and not os.path.exists(path):
+        inode = number(1, 0xffffffff)(text)
         try:
-            path = netns_path(number(1, 0xffffffff)(text))
-        except PermissionError:         # not root: whether there is one cannot be known
-            return int(text)
+            path = netns_path(inode)
+        except OSError:
+            return inode
     with contextlib.suppress(OSError):
         namespace = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         if fcntl.ioctl(namespace, 0xb703) == 0x40000000:    # NS_GET_NSTYPE, CLONE_NEWNET
@@ -514,9 +515,11 @@ def netns(text):
 
 
 def netns_path(inode):
-    """Returns a path to the network namespace with this inode number, "" if it has none. Raises PermissionError."""
+    """Returns a path to this network namespace, "" if there is none. Raises OSError if not all processes are shown."""
+    if os.stat("/proc/1/ns/pid").st_ino != 0xeffffffc:          # as in pid_namespace()
+        raise PermissionError
     for path in [*glob.iglob("/run/netns/*"), *glob.iglob("/proc/[0-9]*/ns/net")]:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):       # it has ended
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):        # it has ended
             if os.stat(path).st_ino == inode:
                 return path
     return ""
