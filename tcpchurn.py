@@ -289,9 +289,10 @@ def learn_existing(args, bpf):
     table = bpf["existing"]
     unknown = 0
     try:
-        os.listdir("/proc/%d/fd" % args.pid)
+        for fd in os.listdir("/proc/%d/fd" % args.pid)[:1]:
+            os.readlink("/proc/%d/fd/%s" % (args.pid, fd))
     except PermissionError:
-        say("sockets from before the start not known: needs CAP_SYS_PTRACE")
+        say("sockets from before the start not known: needs CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH")
     except OSError:             # the process has ended: trace() reports that
         pass
     for inode in socket_inodes(args.pid):
