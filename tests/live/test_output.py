@@ -179,12 +179,12 @@ class Output(live.Alone):
     def test_duration_while_nobody_reads(self):
         over = threading.Event()
 
-        def go_on(listener):
+        def go_on():
             while not over.is_set():
                 connect(listener, CONNECTIONS)
                 live.settle()
-        with contextlib.ExitStack() as stack, socket.create_server(("127.0.0.1", 0)) as listener:
-            load = threading.Thread(target=go_on, args=(listener,))
+        with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as stack:
+            load = threading.Thread(target=go_on)
             stack.callback(load.join)
             stack.callback(over.set)
             tracers = []
