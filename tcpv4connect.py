@@ -367,7 +367,10 @@ static inline u32 pid_of(struct task_struct *task)
     u32 level, levels = READ(pid, level);
     struct upid number;
 
-    for (level = 0; level <= levels && level <= 32; level++) {          /* MAX_PID_NS_LEVEL */
+#pragma unroll                  /* Linux 6.1 fails to verify the loop: EFAULT */
+    for (level = 0; level <= 32; level++) {             /* MAX_PID_NS_LEVEL */
+        if (level > levels)
+            break;
         bpf_probe_read_kernel(&number, sizeof(number), &pid->numbers[level]);
         if (READ(number.ns, ns.inum) == PIDNS)
             return number.nr;
