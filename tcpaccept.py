@@ -370,18 +370,19 @@ static inline u32 pid_of(struct task_struct *task)
 {
 #if PIDNS
     struct pid *pid = READ(READ(task, group_leader), thread_pid);
-    u32 level, levels = READ(pid, level);
+    u32 levels = READ(pid, level), found = 0;
     struct upid number;
+    int level;
 
-#pragma unroll                  /* Linux 6.1 fails to verify the loop: EFAULT */
+#pragma unroll                  /* Linux 6.1 cannot verify the loop; with a return in it, LLVM cannot unroll it */
     for (level = 0; level <= 32; level++) {             /* MAX_PID_NS_LEVEL */
         if (level > levels)
             break;
         bpf_probe_read_kernel(&number, sizeof(number), &pid->numbers[level]);
         if (READ(number.ns, ns.inum) == PIDNS)
-            return number.nr;
+            found = number.nr;
     }
-    return 0;
+    return found;
 #else
     return bpf_get_current_pid_tgid() >> 32;
 #endif
