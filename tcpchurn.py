@@ -508,19 +508,15 @@ static inline u32 pid_of(struct task_struct *task)
 {
 #if PIDNS
     struct pid *pid = READ(READ(task, group_leader), thread_pid);
-    u32 levels = READ(pid, level), found = 0;
+    u32 level, levels = READ(pid, level);
     struct upid number;
-    int level;
 
-#pragma unroll                  /* Linux 6.1 cannot verify the loop; with a return in it, LLVM cannot unroll it */
-    for (level = 0; level <= 32; level++) {             /* MAX_PID_NS_LEVEL */
-        if (level > levels)
-            break;
+    for (level = 0; level <= levels && level < 8; level++) {    /* there may be 32, but Linux 6.1 cannot verify that */
         bpf_probe_read_kernel(&number, sizeof(number), &pid->numbers[level]);
         if (READ(number.ns, ns.inum) == PIDNS)
-            found = number.nr;
+            return number.nr;
     }
-    return found;
+    return 0;
 #else
     return bpf_get_current_pid_tgid() >> 32;
 #endif
