@@ -359,19 +359,23 @@ struct owner {
     char comm[TASK_COMM_LEN];
 };
 
+/* Not in a loop: Linux 6.1 cannot verify that, and LLVM cannot unroll it. */
+#define LOOK_AT(depth)                                                      \
+    if (depth <= deepest) {                                                 \
+        bpf_probe_read_kernel(&number, sizeof(number), &pid->numbers[depth]);   \
+        if (READ(number.ns, ns.inum) == PIDNS)                              \
+            return number.nr;                                               \
+    }
+
 /* The process ID that /proc shows where the tool runs; 0 for a process outside of that PID namespace. */
 static inline u32 pid_of(struct task_struct *task)
 {
 #if PIDNS
     struct pid *pid = READ(READ(task, group_leader), thread_pid);
-    u32 level, levels = READ(pid, level);
+    u32 deepest = READ(pid, level);
     struct upid number;
 
-    for (level = 0; level <= levels && level < 8; level++) {    /* there may be 32, but Linux 6.1 cannot verify that */
-        bpf_probe_read_kernel(&number, sizeof(number), &pid->numbers[level]);
-        if (READ(number.ns, ns.inum) == PIDNS)
-            return number.nr;
-    }
+    LOOK_AT(0) LOOK_AT(1) LOOK_AT(2) LOOK_AT(3) LOOK_AT(4) LOOK_AT(5) LOOK_AT(6) LOOK_AT(7)
     return 0;
 #else
     return bpf_get_current_pid_tgid() >> 32;
