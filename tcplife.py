@@ -222,7 +222,7 @@ static inline void death(struct sock *sk, int oldstate)
     e.rx = without(READ(tp, bytes_received), fin_came);
     e.srtt = READ(tp, srtt_us);
     e.retrans = READ(tp, total_retrans);
-    if (e.session.owner.pid || is_orphan)         /* nobody accepts an orphan */
+    if (e.session.owner.pid || is_orphan)       /* nobody accepts an orphan */
         submit(&e);
     else if (unclaimed.update(&sk, &e))
         count_lost(LOST_UNCLAIMED);
