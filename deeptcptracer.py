@@ -71,7 +71,7 @@ examples = """examples:
 PROGRAM = "deeptcptracer"
 KERNEL_TYPES = ["tcp_sock", "net", "net_device", "sk_buff", "iphdr", "ipv6hdr", "tcphdr", "task_struct", "pid",
                 "pid_namespace", "files_struct", "fdtable", "file", "socket_alloc", "mptcp_sock", "sock_flags",
-                "sock_type", "sock_exterr_skb"]
+                "sock_type", "sock_exterr_skb", "proto", "inet_hashinfo", "inet_ehash_bucket", "hlist_nulls_node"]
 MAX_SOCKETS = 1 << 18           # live sockets
 STACK_DEPTH = 48                # frames
 RING_PAGES = (16 << 20) // mmap.PAGESIZE        # 16 MiB: 160,000 events without stacks
@@ -111,7 +111,6 @@ struct event {
 };
 
 BPF_HASH(owners, struct sock *, struct owner, MAX_SOCKETS);
-BPF_HASH(existing, u64, struct owner, MAX_SOCKETS);     /* of sockets from before the start, by inode */
 BPF_HASH(since, struct sock *, u64, STATE_TIME ? MAX_SOCKETS : 1);      /* ns: when it entered its state */
 
 static inline u8 state_of(struct sock *sk)
@@ -121,20 +120,7 @@ static inline u8 state_of(struct sock *sk)
 
 static inline struct owner *owner_of(struct sock *sk)
 {
-    struct owner *o = owners.lookup(&sk), copy;
-    u64 inode;
-
-    if (o)
-        return o;
-    inode = inode_of(sk);
-    o = existing.lookup(&inode);
-    if (!o)
-        return NULL;
-    copy = *o;                  /* from now on by address: it has no inode after close() */
-    if (owners.update(&sk, &copy))
-        count_lost(LOST_OWNER);
-    existing.delete(&inode);
-    return owners.lookup(&sk);
+    return owners.lookup(&sk) ?: state_of(sk) == TCP_LISTEN ? holder_of(sk) : NULL;     /* no walk finds listeners */
 }
 
 static inline void destroyed(struct sock *sk)
@@ -163,6 +149,16 @@ static inline void remember_owner(struct sock *sk)
 
     set_owner(&o);
     if (o.pid && owners.update(&sk, &o))
+        count_lost(LOST_OWNER);
+}
+
+/* A connected socket, at the start. */
+static inline void found(struct sock *sk, u8 state, bool tells)
+{
+    struct owner *holder = holder_of(sk);
+    int err = holder ? owners.insert(&sk, holder) : 0;
+
+    if (err && err != -EEXIST)
         count_lost(LOST_OWNER);
 }
 
@@ -429,7 +425,7 @@ def cflags(args):
     return flags({
         **filters(args, address_condition("(e)->laddr", args.saddr), address_condition("(e)->raddr", args.daddr)),
         "RING_PAGES": RING_PAGES, "RECORD_SIZE": record_of(args).size - 8,
-        "MAX_SOCKETS": MAX_SOCKETS,
+        "MAX_SOCKETS": MAX_SOCKETS, "MAX_HOLDERS": MAX_SOCKETS,
         "STACK_DEPTH": STACK_DEPTH if args.kstack else 0, "STATE_TIME": int(args.ms),
         # arguments that a tracepoint may lack; with an error nothing was sent
         "ERR(ctx)": "(int)ctx->args[2]" if "REC->err" in tracepoint_format("tcp_retransmit_skb") else 0,
@@ -465,23 +461,6 @@ def attach(bcc, args):
     attach_state_changes(bpf)
     attach_accept(bpf, args)
     return bpf
-
-
-def learn_existing(bpf):
-    """Passes the owners of the sockets that already exist to the kernel side."""
-    table = bpf["existing"]
-    unknown = 0
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):      # the process has ended
-            with open("/proc/%s/comm" % pid, "rb") as file:
-                owner = table.Leaf(int(pid), file.read()[:-1][:15])
-            for inode in socket_inodes(pid):
-                try:
-                    table[table.Key(inode)] = owner
-                except Exception:               # the map is full
-                    unknown += 1
-    if unknown:
-        say("%d owners of sockets from before the start not known: the map was full" % unknown)
 
 
 @functools.lru_cache(maxsize=16)
@@ -572,7 +551,7 @@ def trace(args):
     bpf = load(args)
     record = record_of(args)
     read = open_events(bpf, record)
-    learn_existing(bpf)
+    learn_existing(bpf, filter(str.isdigit, os.listdir("/proc")))
     if args.kstack and not has_names():
         say("stacks have addresses, no names: the kernel shows this user none (kernel.kptr_restrict, CAP_SYSLOG)")
     write(header(args))
@@ -773,13 +752,16 @@ static inline int error_of(struct sock *sk, int oldstate)
     return origin == SO_EE_ORIGIN_ICMP || origin == SO_EE_ORIGIN_ICMP6 ? READ(last, ee.ee_errno) : 0;
 }
 
-/* ---- inodes ---- */
-/* The inode that user space sees of this socket; 0 before accept() and after close(). */
-static inline u64 inode_of(struct sock *sk)
+/* ---- holders ---- */
+BPF_HASH(holders, u64, struct owner, MAX_HOLDERS);      /* of sockets from before the start, by the inode of their file */
+
+/* NULL also before accept() and after close(). */
+static inline struct owner *holder_of(struct sock *sk)
 {
     struct socket *socket = READ(sk, sk_socket);
+    u64 inode = socket ? READ((struct socket_alloc *)socket, vfs_inode.i_ino) : 0;
 
-    return socket ? READ((struct socket_alloc *)socket, vfs_inode.i_ino) : 0;
+    return holders.lookup(&inode);
 }
 
 /* ---- accepted sockets ---- */
@@ -844,6 +826,64 @@ static inline int accept_returned(struct syscall_exit *ctx, bool first)
 
 int tracepoint_accept_first(struct syscall_exit *ctx) { return accept_returned(ctx, true); }
 int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(ctx, false); }
+
+/* ---- existing sockets ---- */
+/* Called by walk(), not by the kernel. Since Linux 6.1 a network namespace may have its own table of sockets. */
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 1, 0)
+#define TABLE_OF(sk, net) READ(READ(sk, __sk_common.skc_prot), h.hashinfo)
+#else
+#define TABLE_OF(sk, net) READ(net, ipv4.tcp_death_row.hashinfo)
+#endif
+
+BPF_F_TABLE("array", int, u64, tables, 512, 1 << 10 /* BPF_F_MMAPABLE */);
+
+/* Argument: a descriptor of a TCP socket. Returns how many elements are set: one per network namespace, 0 for none. */
+int find_tables(struct bpf_raw_tracepoint_args *ctx)
+{
+    struct sock *sk = socket_of(ctx->args[0]);
+    struct net *own = READ(sk, __sk_common.skc_net.net), *net = own;
+    u64 *table;
+    int i;
+
+    for (i = 0; i < 512 && (!i || net != own); i++) {
+        table = tables.lookup(&i);
+        if (table)              /* the head of the list is no namespace */
+            *table = READ(net, ns.ops) == READ(own, ns.ops) ? (u64)TABLE_OF(sk, net) : 0;
+        net = container_of(READ(net, list.next), struct net, list);
+    }
+    return i;
+}
+
+/*
+ * Arguments: a table, a bucket, and what to tell found(). Returns the bucket to go on with, ~0 at the end. It holds the
+ * RCU lock: what was a socket may be another one by now, in another bucket, but is nothing else.
+ */
+int walk_table(struct bpf_raw_tracepoint_args *ctx)
+{
+    struct inet_hashinfo *table = (struct inet_hashinfo *)ctx->args[0];
+    struct inet_ehash_bucket *buckets = READ(table, ehash);
+    u32 bucket = ctx->args[1], last = READ(table, ehash_mask);
+    struct hlist_nulls_node *node = READ(buckets + bucket, chain.first);
+    struct sock *sk;
+    u8 state;
+    int i;
+
+    for (i = 0; i < 128 && bucket <= last; i++) {
+        if (!((u64)node & 1)) {
+            sk = container_of(node, struct sock, __sk_common.skc_nulls_node);
+            state = READ(sk, __sk_common.skc_state);
+            if (state != TCP_TIME_WAIT && state != TCP_NEW_SYN_RECV && state != TCP_CLOSE)      /* no mini-sockets */
+                found(sk, state, ctx->args[2]);
+            node = READ(node, next);
+        } else if ((u64)node >> 1 == bucket) {          /* the end of the chain has the number of its bucket */
+            bucket++;
+            node = READ(buckets + bucket, chain.first);
+        } else {
+            return bucket;
+        }
+    }
+    return bucket > last ? ~0 : bucket;
+}
 
 /* ---- records ---- */
 _Static_assert(sizeof(struct event) == RECORD_SIZE, "struct event has gaps, or a member of a type that FORMATS lacks");
@@ -927,22 +967,6 @@ def filters(args, *peer):
             "FILTERS": int(set(peer) != {"true"} or bool(option("lport")))}
 
 
-# ---- inodes ----
-def socket_inodes(pid):
-    """Returns the inode numbers of the sockets that the process holds, of any kind."""
-    inodes = set()
-    with contextlib.suppress(OSError):
-        for task in os.listdir("/proc/%s/task" % pid):          # a first thread that has ended shows no descriptors
-            for fd in os.scandir("/proc/%s/task/%s/fd" % (pid, task)):
-                with contextlib.suppress(OSError):
-                    target = os.readlink(fd.path)
-                    if target.startswith("socket:["):
-                        inodes.add(int(target[8:-1]))
-            if inodes:
-                break           # the other threads have the same descriptors
-    return inodes
-
-
 # ---- addresses ----
 def address_condition(address, networks):
     """Returns a C expression that is true for a struct address in one of these networks, or for all if there are none.
@@ -962,6 +986,83 @@ def address_condition(address, networks):
             parts.append("%s.scope == %d" % (address, scope))
         conditions.append("(%s)" % " && ".join(parts))
     return " || ".join(conditions) or "true"
+
+
+# ---- existing sockets ----
+def socket_inodes(pid):
+    """Returns the inode numbers of the sockets that the process holds, of any kind. Raises OSError."""
+    inodes = set()
+    for task in os.listdir("/proc/%s/task" % pid):              # a first thread that has ended shows no descriptors
+        for fd in os.scandir("/proc/%s/task/%s/fd" % (pid, task)):
+            with contextlib.suppress(FileNotFoundError):
+                target = os.readlink(fd.path)
+                if target.startswith("socket:["):
+                    inodes.add(int(target[8:-1]))
+        if inodes:
+            break               # the other threads have the same descriptors
+    return inodes
+
+
+def learn_existing(bpf, pids):
+    """Tells the kernel side who of these processes holds which socket, the first one if several do, and walks.
+
+    Returns whether all is known.
+    """
+    table, holders, is_hidden = bpf["holders"], {}, False
+    for pid in pids:
+        try:
+            with open("/proc/%s/comm" % pid, "rb") as file:
+                owner = table.Leaf(int(pid), file.read()[:-1][:15])
+            holders.update(dict.fromkeys(socket_inodes(pid) - holders.keys(), owner))
+        except OSError as error:                # else it has ended
+            is_hidden |= isinstance(error, PermissionError)
+    for inode in list(holders)[:MAX_SOCKETS]:
+        table[table.Key(inode)] = holders[inode]
+    with open("/proc/self/status") as status:
+        capabilities = int(re.search(r"CapEff:\s*(\w+)", status.read())[1], 16)
+    if is_hidden and not (capabilities >> 19 & 1 and capabilities & 6):
+        say("owners of sockets from before the start not known: needs CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH")
+    if len(holders) > MAX_SOCKETS:
+        say("%d owners of sockets from before the start not known: the map was full" % (len(holders) - MAX_SOCKETS))
+    return walk(bpf) is not None and not is_hidden and len(holders) <= MAX_SOCKETS
+
+
+def walk(bpf, what=0, read=bytes):
+    """Calls found() of the C text with each connected socket of the host, and read() now and then.
+
+    Returns what read() returned, joined; None, after a message, if the kernel refuses.
+    """
+    import bcc
+
+    def call(name, *values):    # struct bpf_test_run_opts of libbpf: its size, context and size of that, result
+        context = (ctypes.c_uint64 * 12)(*values)
+        options = ctypes.create_string_buffer(struct.pack("=Q24xQ8xI28x", 80, ctypes.addressof(context), 96))
+        if bcc.lib.bpf_prog_test_run_opts(bpf.load_func(name, bcc.BPF.RAW_TRACEPOINT).fd, options):
+            raise OSError(os.strerror(ctypes.get_errno()))
+        return struct.unpack_from("=I", options, 56)[0]
+    results, calls, missed = [], 0, 0
+    try:
+        with socket.socket() as sock:
+            count = call("find_tables", sock.fileno())
+        tables = mmap.mmap(bpf["tables"].map_fd, 512 * 8, prot=mmap.PROT_READ)
+        for table in {*memoryview(tables).cast("Q")[:count]} - {0}:
+            bucket = again = 0
+            while bucket != 0xffffffff:
+                start, bucket = bucket, call("walk_table", table, bucket, what)
+                again = again + 1 if bucket == start else 0
+                missed += again == 100
+                bucket += again == 100
+                calls += 1
+                if not calls % 64:
+                    results.append(read())
+    except Exception as error:
+        say("cannot look for connected sockets: %s" % error)
+        return None
+    if missed:
+        say("%d chains of connected sockets not read to the end: too long, or changing too fast" % missed)
+    if count == 512:
+        say("network namespaces after the 512th may have tables of connected sockets that are not known")
+    return b"".join([*results, read()])
 
 
 # ---- compiling ----

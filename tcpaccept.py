@@ -142,17 +142,6 @@ static inline u32 acceptor_of(struct sock *sk)
     return 0;
 }
 
-/*
- * A port that connect() chose is in a bucket marked as such. A transparent proxy's connection may share it, but has its
- * listener's backlog.
- */
-static inline bool has_connected(struct sock *sk)
-{
-    struct inet_bind_bucket *bucket = READ((struct inet_connection_sock *)sk, icsk_bind_hash);
-
-    return bucket && (signed char)READ(bucket, fastreuse) < 0 && !READ(sk, sk_max_ack_backlog);
-}
-
 static inline int accept_returned(struct syscall_exit *ctx, bool first)
 {
     struct owner owner = {};
@@ -436,6 +425,15 @@ static inline void read_endpoints(struct endpoints *e, struct sock *sk)
     /* skc_num is 0 once the socket has left the port's hash table, which is before CLOSE. inet_sport stays. */
     e->lport = ntohs(READ((struct inet_sock *)sk, inet_sport));
     e->rport = ntohs(c.skc_dport);
+}
+
+/* ---- roles ---- */
+/* Whether connect() chose the port, which it marks. A transparent proxy's connection may share it, see its backlog. */
+static inline bool has_connected(struct sock *sk)
+{
+    struct inet_bind_bucket *bucket = READ((struct inet_connection_sock *)sk, icsk_bind_hash);
+
+    return bucket && (signed char)READ(bucket, fastreuse) < 0 && !READ(sk, sk_max_ack_backlog);
 }
 
 /* ---- accepted sockets ---- */

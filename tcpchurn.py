@@ -50,8 +50,10 @@ except ImportError:
 
 # ---- tcpchurn ----
 import bisect
+import ctypes
 import ipaddress
 import math
+import socket
 
 examples = """examples:
     ./tcpchurn 30800                # accepts and opens, and closes, of PID 30800
@@ -66,7 +68,7 @@ examples = """examples:
 
 PROGRAM = "tcpchurn"
 KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "pid", "pid_namespace", "signal_struct", "files_struct", "fdtable",
-                "file", "socket_alloc", "mptcp_sock"]
+                "file", "socket_alloc", "mptcp_sock", "proto", "inet_hashinfo", "inet_ehash_bucket", "hlist_nulls_node"]
 WINDOWS = [1.0, 5.0, 10.0, 30.0, 60.0, 120.0, 240.0, 500.0, 1200.0]     # seconds
 BUCKET_SECONDS = 0.1            # at most
 MAX_BUCKETS = 1 << 19           # 14 hours of 0.1 s
@@ -75,7 +77,7 @@ INTERVAL = 0.1                  # seconds between checks of the process
 # Names in the C text, where they are numbers in this order, and what is printed.
 LOSSES = {"LOST_SOCKET": "closes lost: the map of live connections was full",
           "SKIPPED": "state changes or accepts lost: the kernel did not run the probe"}
-COUNTS = "ACCEPTED", "CONNECTED", "CLOSED"
+COUNTS = "ACCEPTED", "CONNECTED", "CLOSED", "EXISTED"
 PRIVATE = ["0.0.0.0/8", "10.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16",
            "::/127", "fc00::/7", "fe80::/10"]
 
@@ -85,12 +87,11 @@ bpf_text = r"""
 /* What had been counted when a bucket of time got its first event, so that no bucket ever has to be cleared. */
 struct bucket {                 /* as BUCKET below */
     u64 number;                 /* bpf_ktime_get_ns() / BUCKET_NS */
-    u64 count[3];               /* COUNTS */
+    u64 count[4];               /* COUNTS */
 };
 
 BPF_F_TABLE("array", int, struct bucket, buckets, BUCKETS + 1, 1 << 10 /* BPF_F_MMAPABLE */);   /* last: so far */
-BPF_HASH(owned, struct sock *, u8, MAX_SOCKETS);        /* opened by the process since the start, and open */
-BPF_HASH(existing, u64, u8, MAX_SOCKETS);               /* inodes of its sockets from before the start */
+BPF_HASH(owned, struct sock *, u8, MAX_SOCKETS);        /* open connections of the process */
 BPF_ARRAY(ended, u8, 1);                                /* whether the process has ended */
 
 static inline void count(int what)
@@ -111,9 +112,11 @@ static inline void count(int what)
 static inline bool is_of_process(void)
 {
     struct owner owner = {};
+    int zero = 0;
+    u8 *has_ended = ended.lookup(&zero);
 
     set_owner(&owner);
-    return IS_WANTED_OWNER(&owner);
+    return has_ended && !*has_ended && IS_WANTED_OWNER(&owner);
 }
 
 /* Whether the other end is one to be counted. */
@@ -132,23 +135,18 @@ static inline bool is_open(u8 state)
     return state == TCP_ESTABLISHED || state == TCP_CLOSE_WAIT || state == TCP_SYN_SENT || state == TCP_SYN_RECV;
 }
 
-static inline void closed(struct sock *sk, int oldstate)
+static inline void closed(struct sock *sk)
 {
-    bool counts = owned.lookup(&sk) && !owned.delete(&sk);
-    u64 inode = is_open(oldstate) ? inode_of(sk) : 0;
-
-    if (existing.lookup(&inode) && !existing.delete(&inode) && is_wanted(sk))
-        counts = true;
-    if (counts)
+    if (owned.lookup(&sk) && !owned.delete(&sk))
         count(CLOSED);
 }
 
 static inline void opened(struct sock *sk, int how)
 {
-    int err, zero = 0;
-    u8 one = 1, *has_ended = ended.lookup(&zero);
+    u8 one = 1;
+    int err;
 
-    if (!has_ended || *has_ended || !is_of_process() || !is_wanted(sk))
+    if (!is_wanted(sk))
         return;
     err = owned.insert(&sk, &one);
     if (err == -EEXIST)         /* counted already: another thread has put this socket behind the descriptor */
@@ -156,16 +154,14 @@ static inline void opened(struct sock *sk, int how)
     if (err)
         count_lost(LOST_SOCKET);
     count(how);
-    if (how == ACCEPTED && !is_open(READ(sk, __sk_common.skc_state)))       /* reset before accept() */
-        closed(sk, TCP_CLOSE);
+    if (how != CONNECTED && !is_open(READ(sk, __sk_common.skc_state)))          /* reset before accept() */
+        closed(sk);
 }
 
 /* is_sure: not by a descriptor, behind which another thread may have put an older socket meanwhile */
 static inline void accepted(struct sock *sk, bool is_sure)
 {
-    u64 inode = sk && !is_sure ? inode_of(sk) : 0;
-
-    if (sk && !existing.lookup(&inode))
+    if (sk && is_of_process())
         opened(sk, ACCEPTED);
 }
 
@@ -173,15 +169,22 @@ static inline void state_change(void *ctx, struct sock *sk, int oldstate, int ne
 {
     /* For new sockets, too: if one is known, the end of an older one at this address was not seen. */
     if ((oldstate == TCP_CLOSE || oldstate == TCP_LISTEN || !is_open(newstate)) && newstate != TCP_LISTEN)
-        closed(sk, oldstate);
-    if (newstate == TCP_SYN_SENT && READ(sk, sk_protocol) == IPPROTO_TCP)
+        closed(sk);
+    if (newstate == TCP_SYN_SENT && READ(sk, sk_protocol) == IPPROTO_TCP && is_of_process())
         opened(sk, CONNECTED);
 }
 
-/* Counts what was accepted while its last state change was under way on another CPU, or was skipped. */
+/* A connected socket, at the start. The holders are this process alone. */
+static inline void found(struct sock *sk, u8 state, bool tells)
+{
+    if (holder_of(sk) && is_open(state))
+        opened(sk, EXISTED);
+}
+
+/* Counts what was accepted or found while its last state change was under way on another CPU, or was skipped. */
 static inline void destroyed(struct sock *sk)
 {
-    closed(sk, TCP_CLOSE);
+    closed(sk);
 }
 
 /* At the exit of each thread. A later process with this PID is another one. */
@@ -197,7 +200,7 @@ int exited(void *ctx)
 }
 """
 
-BUCKET = struct.Struct("=4Q")
+BUCKET = struct.Struct("=5Q")
 
 
 def parse_args(argv=None):
@@ -217,6 +220,8 @@ def parse_args(argv=None):
         help="time windows, in seconds (default: %s)" % ",".join("%g" % window for window in WINDOWS))
     add("-i", "--interval", metavar="SECONDS", type=seconds, default=1.0, help="time between two updates (default: 1)")
     add("-a", "--accepts", action="store_true", help="count accepts (A) and opens (O) separately")
+    add("-o", "--open", action="store_true",
+        help="include how many connections are open (N): that many seconds ago, and under ALL now")
     add("--no-kprobe", action="store_true", help="trace accept() at the exit of the system call, kprobes or not")
     add_common(parser)
     parser.color = False        # else the usage has escape sequences in it, since Python 3.14
@@ -254,7 +259,7 @@ def cflags(args):
     private = address_condition("(e)->raddr", [(ipaddress.ip_network(network), 0) for network in PRIVATE])
     return flags({
         **filters(args, "!(%s)" % private if args.ignore_private else "true"),
-        "MAX_SOCKETS": MAX_SOCKETS, "BUCKETS": buckets(args), "BUCKET_NS": "%dull" % bucket_ns(args),
+        "MAX_SOCKETS": MAX_SOCKETS, "MAX_HOLDERS": MAX_SOCKETS, "BUCKETS": buckets(args), "BUCKET_NS": "%dull" % bucket_ns(args),
     }, LOSSES, COUNTS)
 
 
@@ -284,26 +289,6 @@ def birth_of(pid):
     return None if has_ended else int(fields[19])
 
 
-def learn_existing(args, bpf):
-    """Passes the sockets that the process already has to the kernel side."""
-    table = bpf["existing"]
-    unknown = 0
-    try:
-        for fd in os.listdir("/proc/%d/fd" % args.pid)[:1]:
-            os.readlink("/proc/%d/fd/%s" % (args.pid, fd))
-    except PermissionError:
-        say("sockets from before the start not known: needs CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH")
-    except OSError:             # the process has ended: trace() reports that
-        pass
-    for inode in socket_inodes(args.pid):
-        try:
-            table[table.Key(inode)] = table.Leaf(1)
-        except Exception:       # the map is full
-            unknown += 1
-    if unknown:
-        say("%d sockets from before the start not known: the map was full" % unknown)
-
-
 class Windows:
     """Counts over sliding windows, from the buckets of the kernel side."""
 
@@ -318,7 +303,7 @@ class Windows:
         return BUCKET.unpack_from(self.memory, slot * BUCKET.size)
 
     def read(self):
-        """Returns what was counted, as (accepted, connected, closed), in each of the windows, and in all."""
+        """Returns what was counted, in the order of COUNTS, in each of the windows, and in all."""
         now = time.monotonic_ns() // self.width
         for number in range(max(self.next, now - self.size + 1), now + 1):
             bucket = self.bucket(number % self.size)
@@ -340,22 +325,32 @@ def heading(window):
     return "%8.1f" % window if round(window, 1) == window else " %7.5g" % window
 
 
-def render(args, windows, totals):
+def open_of(totals):
+    """Returns how many connections are open, from the counts in all."""
+    accepted, connected, closed, existed = totals
+    return existed + accepted + connected - closed
+
+
+def render(args, windows, totals, knows_existing=True):
     """Returns whole lines for one update, from what Windows.read() returns."""
-    accepted, connected, closed = zip(*windows)
-    all_accepted, all_connected, all_closed = totals
+    accepted, connected, closed, _ = zip(*windows)
+    all_accepted, all_connected, all_closed, _ = totals
     opened, all_opened = [a + c for a, c in zip(accepted, connected)], all_accepted + all_connected
     if args.json:
         return json.dumps({
             "ts": time.time(), "pid": args.pid, "windows": args.windows, "opened": opened, "accepted": accepted,
-            "connected": connected, "closed": closed,
+            "connected": connected, "closed": closed, "open": open_of(totals) if knows_existing else None,
             "all": {"opened": all_opened, "accepted": all_accepted, "connected": all_connected, "closed": all_closed},
         }, separators=(",", ":")) + "\n"
     rows = [("O", opened, all_opened), ("C", closed, all_closed)]
     if args.accepts:
         rows[:1] = [("A", accepted, all_accepted), ("O", connected, all_connected)]
+    if args.open:
+        row = [open_of(totals) - o + c for o, c in zip([*opened, 0], [*closed, 0])]
+        *counts, total = row if knows_existing else ["N/A"] * len(row)
+        rows.append(("N", counts, total))
     lines = [" " + "".join(map(heading, args.windows)) + "%7s\n" % "ALL"]
-    lines += [name + "".join("%8d" % count for count in counts) + "%7d\n" % total for name, counts, total in rows]
+    lines += [name + "".join("%8s" % count for count in counts) + "%7s\n" % total for name, counts, total in rows]
     return args.clear * "\033[H\033[2J" + "".join(lines)
 
 
@@ -368,7 +363,7 @@ def labels_of(pid):
     return 'pid="%d",comm="%s"' % (pid, text.replace("\\", r"\\").replace('"', r'\"'))
 
 
-def publish(path, labels, start, totals, lost):
+def publish(path, labels, start, totals, lost, knows_existing=True):
     """Writes the counts in Prometheus' text format 0.0.4, where HELP and TYPE have to be the same in all files."""
     new = path[:-len("prom")] + "new"           # a name that the collector does not read
     with open(new, "w", opener=lambda name, how: os.open(name, how | os.O_NOFOLLOW, 0o644)) as file:
@@ -376,6 +371,8 @@ def publish(path, labels, start, totals, lost):
                 ("accepts_total", "counter", "TCP connections that the process accepted.", {"": totals[0]}),
                 ("connects_total", "counter", "Attempts of the process to connect by TCP.", {"": totals[1]}),
                 ("closes_total", "counter", "TCP connections that ended on the side of the process.", {"": totals[2]}),
+                ("open", "gauge", "TCP connections of the process that are open.",
+                 {"": open_of(totals)} if knows_existing else {}),
                 ("lost_total", "counter", "Events that tcpchurn knows it missed.",
                  {',what="%s"' % what: n for what, n in zip(("map_full", "probe_skipped"), lost.values())}),
                 ("start_time_seconds", "gauge", "Unix time at which counting started.", {"": start})):
@@ -390,7 +387,7 @@ def trace(args):
     if birth is None:
         die("no such process: %d" % args.pid)
     bpf = load(args)
-    learn_existing(args, bpf)
+    knows_existing = learn_existing(bpf, [args.pid])
     windows = Windows(args, bpf)
     labels = labels_of(args.pid)
     start = time.time()
@@ -405,9 +402,9 @@ def trace(args):
                 due = max(due + args.interval, time.monotonic())
                 report(bpf)
                 if args.prometheus:
-                    publish(args.prometheus, labels, start, windows.read()[1], LOST)
+                    publish(args.prometheus, labels, start, windows.read()[1], LOST, knows_existing)
                 else:
-                    stop = write(render(args, *windows.read())) or stop
+                    stop = write(render(args, *windows.read(), knows_existing)) or stop
     finally:
         if args.prometheus:
             with contextlib.suppress(OSError):
@@ -576,13 +573,16 @@ static inline void read_endpoints(struct endpoints *e, struct sock *sk)
     e->rport = ntohs(c.skc_dport);
 }
 
-/* ---- inodes ---- */
-/* The inode that user space sees of this socket; 0 before accept() and after close(). */
-static inline u64 inode_of(struct sock *sk)
+/* ---- holders ---- */
+BPF_HASH(holders, u64, struct owner, MAX_HOLDERS);      /* of sockets from before the start, by the inode of their file */
+
+/* NULL also before accept() and after close(). */
+static inline struct owner *holder_of(struct sock *sk)
 {
     struct socket *socket = READ(sk, sk_socket);
+    u64 inode = socket ? READ((struct socket_alloc *)socket, vfs_inode.i_ino) : 0;
 
-    return socket ? READ((struct socket_alloc *)socket, vfs_inode.i_ino) : 0;
+    return holders.lookup(&inode);
 }
 
 /* ---- accepted sockets ---- */
@@ -646,6 +646,63 @@ static inline int accept_returned(struct syscall_exit *ctx, bool first)
 int tracepoint_accept_first(struct syscall_exit *ctx) { return accept_returned(ctx, true); }
 int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(ctx, false); }
 
+/* ---- existing sockets ---- */
+/* Called by walk(), not by the kernel. Since Linux 6.1 a network namespace may have its own table of sockets. */
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 1, 0)
+#define TABLE_OF(sk, net) READ(READ(sk, __sk_common.skc_prot), h.hashinfo)
+#else
+#define TABLE_OF(sk, net) READ(net, ipv4.tcp_death_row.hashinfo)
+#endif
+
+BPF_F_TABLE("array", int, u64, tables, 512, 1 << 10 /* BPF_F_MMAPABLE */);
+
+/* Argument: a descriptor of a TCP socket. Returns how many elements are set: one per network namespace, 0 for none. */
+int find_tables(struct bpf_raw_tracepoint_args *ctx)
+{
+    struct sock *sk = socket_of(ctx->args[0]);
+    struct net *own = READ(sk, __sk_common.skc_net.net), *net = own;
+    u64 *table;
+    int i;
+
+    for (i = 0; i < 512 && (!i || net != own); i++) {
+        table = tables.lookup(&i);
+        if (table)              /* the head of the list is no namespace */
+            *table = READ(net, ns.ops) == READ(own, ns.ops) ? (u64)TABLE_OF(sk, net) : 0;
+        net = container_of(READ(net, list.next), struct net, list);
+    }
+    return i;
+}
+
+/*
+ * Arguments: a table, a bucket, and what to tell found(). Returns the bucket to go on with, ~0 at the end. It holds the
+ * RCU lock: what was a socket may be another one by now, in another bucket, but is nothing else.
+ */
+int walk_table(struct bpf_raw_tracepoint_args *ctx)
+{
+    struct inet_hashinfo *table = (struct inet_hashinfo *)ctx->args[0];
+    struct inet_ehash_bucket *buckets = READ(table, ehash);
+    u32 bucket = ctx->args[1], last = READ(table, ehash_mask);
+    struct hlist_nulls_node *node = READ(buckets + bucket, chain.first);
+    struct sock *sk;
+    u8 state;
+    int i;
+
+    for (i = 0; i < 128 && bucket <= last; i++) {
+        if (!((u64)node & 1)) {
+            sk = container_of(node, struct sock, __sk_common.skc_nulls_node);
+            state = READ(sk, __sk_common.skc_state);
+            if (state != TCP_TIME_WAIT && state != TCP_NEW_SYN_RECV && state != TCP_CLOSE)      /* no mini-sockets */
+                found(sk, state, ctx->args[2]);
+            node = READ(node, next);
+        } else if ((u64)node >> 1 == bucket) {          /* the end of the chain has the number of its bucket */
+            bucket++;
+            node = READ(buckets + bucket, chain.first);
+        } else {
+            return bucket;
+        }
+    }
+    return bucket > last ? ~0 : bucket;
+}
 """
 
 # ---- arguments ----
@@ -726,22 +783,6 @@ def filters(args, *peer):
             "FILTERS": int(set(peer) != {"true"} or bool(option("lport")))}
 
 
-# ---- inodes ----
-def socket_inodes(pid):
-    """Returns the inode numbers of the sockets that the process holds, of any kind."""
-    inodes = set()
-    with contextlib.suppress(OSError):
-        for task in os.listdir("/proc/%s/task" % pid):          # a first thread that has ended shows no descriptors
-            for fd in os.scandir("/proc/%s/task/%s/fd" % (pid, task)):
-                with contextlib.suppress(OSError):
-                    target = os.readlink(fd.path)
-                    if target.startswith("socket:["):
-                        inodes.add(int(target[8:-1]))
-            if inodes:
-                break           # the other threads have the same descriptors
-    return inodes
-
-
 # ---- addresses ----
 def address_condition(address, networks):
     """Returns a C expression that is true for a struct address in one of these networks, or for all if there are none.
@@ -761,6 +802,83 @@ def address_condition(address, networks):
             parts.append("%s.scope == %d" % (address, scope))
         conditions.append("(%s)" % " && ".join(parts))
     return " || ".join(conditions) or "true"
+
+
+# ---- existing sockets ----
+def socket_inodes(pid):
+    """Returns the inode numbers of the sockets that the process holds, of any kind. Raises OSError."""
+    inodes = set()
+    for task in os.listdir("/proc/%s/task" % pid):              # a first thread that has ended shows no descriptors
+        for fd in os.scandir("/proc/%s/task/%s/fd" % (pid, task)):
+            with contextlib.suppress(FileNotFoundError):
+                target = os.readlink(fd.path)
+                if target.startswith("socket:["):
+                    inodes.add(int(target[8:-1]))
+        if inodes:
+            break               # the other threads have the same descriptors
+    return inodes
+
+
+def learn_existing(bpf, pids):
+    """Tells the kernel side who of these processes holds which socket, the first one if several do, and walks.
+
+    Returns whether all is known.
+    """
+    table, holders, is_hidden = bpf["holders"], {}, False
+    for pid in pids:
+        try:
+            with open("/proc/%s/comm" % pid, "rb") as file:
+                owner = table.Leaf(int(pid), file.read()[:-1][:15])
+            holders.update(dict.fromkeys(socket_inodes(pid) - holders.keys(), owner))
+        except OSError as error:                # else it has ended
+            is_hidden |= isinstance(error, PermissionError)
+    for inode in list(holders)[:MAX_SOCKETS]:
+        table[table.Key(inode)] = holders[inode]
+    with open("/proc/self/status") as status:
+        capabilities = int(re.search(r"CapEff:\s*(\w+)", status.read())[1], 16)
+    if is_hidden and not (capabilities >> 19 & 1 and capabilities & 6):
+        say("owners of sockets from before the start not known: needs CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH")
+    if len(holders) > MAX_SOCKETS:
+        say("%d owners of sockets from before the start not known: the map was full" % (len(holders) - MAX_SOCKETS))
+    return walk(bpf) is not None and not is_hidden and len(holders) <= MAX_SOCKETS
+
+
+def walk(bpf, what=0, read=bytes):
+    """Calls found() of the C text with each connected socket of the host, and read() now and then.
+
+    Returns what read() returned, joined; None, after a message, if the kernel refuses.
+    """
+    import bcc
+
+    def call(name, *values):    # struct bpf_test_run_opts of libbpf: its size, context and size of that, result
+        context = (ctypes.c_uint64 * 12)(*values)
+        options = ctypes.create_string_buffer(struct.pack("=Q24xQ8xI28x", 80, ctypes.addressof(context), 96))
+        if bcc.lib.bpf_prog_test_run_opts(bpf.load_func(name, bcc.BPF.RAW_TRACEPOINT).fd, options):
+            raise OSError(os.strerror(ctypes.get_errno()))
+        return struct.unpack_from("=I", options, 56)[0]
+    results, calls, missed = [], 0, 0
+    try:
+        with socket.socket() as sock:
+            count = call("find_tables", sock.fileno())
+        tables = mmap.mmap(bpf["tables"].map_fd, 512 * 8, prot=mmap.PROT_READ)
+        for table in {*memoryview(tables).cast("Q")[:count]} - {0}:
+            bucket = again = 0
+            while bucket != 0xffffffff:
+                start, bucket = bucket, call("walk_table", table, bucket, what)
+                again = again + 1 if bucket == start else 0
+                missed += again == 100
+                bucket += again == 100
+                calls += 1
+                if not calls % 64:
+                    results.append(read())
+    except Exception as error:
+        say("cannot look for connected sockets: %s" % error)
+        return None
+    if missed:
+        say("%d chains of connected sockets not read to the end: too long, or changing too fast" % missed)
+    if count == 512:
+        say("network namespaces after the 512th may have tables of connected sockets that are not known")
+    return b"".join([*results, read()])
 
 
 # ---- compiling ----

@@ -54,6 +54,7 @@ import csv
 import ctypes
 import functools
 import io
+import math
 import socket
 
 examples = """examples:
@@ -70,9 +71,10 @@ examples = """examples:
 """
 
 PROGRAM = "tcplife"
-KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "pid", "pid_namespace", "files_struct", "fdtable", "file", "socket",
-                "mptcp_sock", "sock_flags", "sock_exterr_skb", "sk_buff"]
-MAX_SESSIONS = 1 << 18          # live sockets: 29 MB of kernel memory
+KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "pid", "pid_namespace", "files_struct", "fdtable", "file",
+                "socket_alloc", "mptcp_sock", "sock_flags", "sock_exterr_skb", "sk_buff", "inet_bind_bucket", "proto",
+                "inet_hashinfo", "inet_ehash_bucket", "hlist_nulls_node"]
+MAX_SOCKETS = 1 << 18          # live sockets: 29 MB of kernel memory
 MAX_UNCLAIMED = 1 << 14         # sessions that ended before accept() returned them
 RING_PAGES = (8 << 20) // mmap.PAGESIZE         # 8 MiB: a second of the fastest load measured
 # Names in the C text, where they are numbers in this order, and what is printed.
@@ -83,7 +85,7 @@ LOSSES = {"LOST_EVENT": "sessions lost: the ring buffer was full",
           "SKIPPED": "state changes or accepts lost: the kernel did not run the probe"}
 ROLES = {"EXISTED": None, "CONNECT": "connect", "ACCEPT": "accept"}
 ENDS = {"LOCAL": "local", "REMOTE": "remote", "BOTH": "both",           # these with FINs
-        "ABORT": "abort", "QUIT": "quit", "UNSENT": None}
+        "ABORT": "abort", "QUIT": "quit", "UNSENT": None, "OPEN": "open"}
 ERRORS = {errno.ECONNRESET: "reset", errno.EPIPE: "reset", errno.ECONNREFUSED: "refused", errno.ETIMEDOUT: "timeout",
           errno.EHOSTUNREACH: "unreachable", errno.ENETUNREACH: "unreachable", errno.ECONNABORTED: "killed"}
 
@@ -94,7 +96,7 @@ bpf_text = r"""
  *   connect(): CLOSE -> SYN_SENT       birth() (P)    SYN_RECV -> ESTABLISHED                 birth(), no owner yet
  *                                                     accept()                                own() (P)
  *   close(), shutdown(), exit: -> FIN_WAIT1 or LAST_ACK                                       own() (P), if it has none
- *   any change to CLOSE                                                                       death()
+ *   any change to CLOSE                                                                       tell()
  *   accept() of a session that has ended; close() of its listener destroys it                 claim() (P)
  *   the socket is destroyed, or its memory is used again                                      forget()
  */
@@ -104,11 +106,12 @@ struct session {
     struct owner owner;
     u16 role;                   /* ROLES */
     u16 syn;                    /* 1: the kernel counts a SYN as a byte sent */
+    u64 tx_seen, rx_seen;       /* what the kernel had counted when EXISTED was found; in an event, bytes since then */
 };
 
 struct event {
     struct session session;
-    u64 died;
+    u64 died;                   /* now, if it is open */
     u64 tx, rx;                 /* bytes */
     struct endpoints ends;
     u32 srtt;                   /* eighths of a microsecond */
@@ -116,13 +119,29 @@ struct event {
     u32 end, err;               /* ENDS, or if there was an error its number */
 };
 
-BPF_HASH(sessions, struct sock *, struct session, MAX_SESSIONS);
+BPF_HASH(sessions, struct sock *, struct session, MAX_SOCKETS);
 BPF_HASH(unclaimed, struct sock *, struct event, MAX_UNCLAIMED);        /* ended before anybody accepted them */
 
 static inline void submit(struct event *e)
 {
     if (IS_WANTED_OWNER(&e->session.owner) && events.ringbuf_output(e, sizeof(*e), BPF_RB_NO_WAKEUP))
         count_lost(LOST_EVENT);
+}
+
+/* Fills in what can still be seen of a session from before the start. */
+static inline void recall(struct sock *sk, struct session *s)
+{
+    struct owner *holder = holder_of(sk);
+
+    if (READ(sk, sk_max_ack_backlog))           /* a listener's, passed on to what it accepts */
+        s->role = ACCEPT;
+    else if (has_connected(sk) || READ(sk, __sk_common.skc_state) == TCP_SYN_SENT)
+        s->role = CONNECT;
+    s->syn = s->role == CONNECT && READ((struct tcp_sock *)sk, segs_out);
+    s->tx_seen = READ((struct tcp_sock *)sk, bytes_acked);
+    s->rx_seen = READ((struct tcp_sock *)sk, bytes_received);
+    if (holder)
+        s->owner = *holder;
 }
 
 static inline void birth(struct sock *sk, u16 role)
@@ -140,6 +159,8 @@ static inline void birth(struct sock *sk, u16 role)
     }
     if (role == CONNECT)
         set_owner(&s.owner);
+    if (role == EXISTED)
+        recall(sk, &s);
     err = sessions.insert(&sk, &s);
     if (err && err != -EEXIST)  /* exists: accept() saw it first (TCP Fast Open), or EXISTED comes again */
         count_lost(LOST_SESSION);
@@ -191,7 +212,8 @@ static inline u64 without(u64 bytes, u64 counted)
     return bytes > counted ? bytes - counted : 0;
 }
 
-static inline void death(struct sock *sk, int oldstate)
+/* Tells of a session as it is now: it leaves this state for CLOSE, or is still open. */
+static inline void tell(struct sock *sk, int state, bool is_open)
 {
     struct session *s = sessions.lookup(&sk);
     struct event e = {.died = bpf_ktime_get_ns()};
@@ -202,14 +224,15 @@ static inline void death(struct sock *sk, int oldstate)
     if (!s)
         return;
     e.session = *s;
-    sessions.delete(&sk);
+    if (!is_open)
+        sessions.delete(&sk);
     flags = READ(sk, __sk_common.skc_flags);
     is_orphan = flags >> SOCK_DEAD & 1;
     fin_came = flags >> SOCK_DONE & 1;
-    fin_acked = (oldstate == TCP_FIN_WAIT2 || oldstate == TCP_LAST_ACK || oldstate == TCP_CLOSING) &&
+    fin_acked = (state == TCP_FIN_WAIT2 || state == TCP_LAST_ACK || state == TCP_CLOSING) &&
                 READ(tp, snd_una) == READ(tp, write_seq);
-    e.end = end_of(sk, oldstate, fin_acked, fin_came, is_orphan);
-    e.err = error_of(sk, oldstate);
+    e.end = is_open ? OPEN : end_of(sk, state, fin_acked, fin_came, is_orphan);
+    e.err = is_open ? 0 : error_of(sk, state);
     if (FAILED && !e.err && e.end <= BOTH)
         return;
     read_endpoints(&e.ends, sk);
@@ -218,14 +241,27 @@ static inline void death(struct sock *sk, int oldstate)
     if (!IS_WANTED_PEER(&e.ends) || !IS_WANTED_LPORT(e.ends.lport))
         return;
     /* The kernel counts a SYN and FINs as bytes. */
-    e.tx = without(READ(tp, bytes_acked), fin_acked + e.session.syn);
-    e.rx = without(READ(tp, bytes_received), fin_came);
+    e.tx = READ(tp, bytes_acked);
+    e.rx = READ(tp, bytes_received);
+    e.session.tx_seen = without(e.tx - e.session.tx_seen, fin_acked + (e.session.tx_seen ? 0 : e.session.syn));
+    e.session.rx_seen = without(e.rx - e.session.rx_seen, fin_came);
+    e.tx = without(e.tx, fin_acked + e.session.syn);
+    e.rx = without(e.rx, fin_came);
     e.srtt = READ(tp, srtt_us);
     e.retrans = READ(tp, total_retrans);
-    if (e.session.owner.pid || is_orphan)       /* nobody accepts an orphan */
+    if (is_open || is_orphan || e.session.owner.pid)            /* nobody accepts an orphan */
         submit(&e);
     else if (unclaimed.update(&sk, &e))
         count_lost(LOST_UNCLAIMED);
+}
+
+/* A connected socket, at the start or with -i. */
+static inline void found(struct sock *sk, u8 state, bool tells)
+{
+    if (tells)
+        tell(sk, state, true);
+    else
+        birth(sk, EXISTED);
 }
 
 /* A session that the peer ended before accept() returned it is printed once its owner is known. */
@@ -246,8 +282,10 @@ static inline void claim(struct sock *sk, u64 accepted)
 /* At the start and at the very end of a socket: the end of a session that is still known was not seen. */
 static inline void forget(struct sock *sk)
 {
-    /* lookup() takes no lock, delete() does */
-    if ((sessions.lookup(&sk) && !sessions.delete(&sk)) || (unclaimed.lookup(&sk) && !unclaimed.delete(&sk)))
+    struct session *s = sessions.lookup(&sk);   /* takes no lock, delete() does */
+    bool is_lost = s && s->born;        /* else it may have ended just while a walk found it */
+
+    if ((s && !sessions.delete(&sk) && is_lost) || (unclaimed.lookup(&sk) && !unclaimed.delete(&sk)))
         count_lost(LOST_END);
 }
 
@@ -283,7 +321,7 @@ static inline void state_change(void *ctx, struct sock *sk, int oldstate, int ne
     } else if (closes && READ(sk, sk_lock.owned)) {     /* not in softirq */
         own(sk);
     } else if (newstate == TCP_CLOSE) {
-        death(sk, oldstate);
+        tell(sk, oldstate, false);
     }
 }
 
@@ -300,7 +338,7 @@ NARROW = "%-5s %-10.10s %-15s %-5s %-15s %-5s %5s %5s "
 WIDE = "%-7s %-16s %-2s %-39s %-5s %-39s %-5s %5s %5s "
 EXTRA = "%-8s %-7s %7s %7s %4s "
 JSON = ('{"ts":%.6f,%s,"ip":%d,"laddr":"%s","lport":%d,"raddr":"%s","rport":%d,"tx_bytes":%d,"rx_bytes":%d,"ms":%.6f,'
-        '"netns":%d,%s,"connect_ms":%s,"accept_ms":%s,"srtt_us":%s,"retrans":%d,"partial":%s}\n')
+        '"netns":%d,%s,"connect_ms":%s,"accept_ms":%s,"srtt_us":%s,"retrans":%d,"partial":%s%s}\n')
 
 
 def parse_args(argv=None):
@@ -324,8 +362,11 @@ def parse_args(argv=None):
     family = parser.add_mutually_exclusive_group()
     family.add_argument("-4", "--ipv4", action="store_true", help="trace IPv4 only")
     family.add_argument("-6", "--ipv6", action="store_true", help="trace IPv6 only")
-    add("--failed", action="store_true", help="trace only sessions that did not end with FINs")
+    failed = parser.add_mutually_exclusive_group()
+    failed.add_argument("--failed", action="store_true", help="trace only sessions that did not end with FINs")
     add("--existing", action="store_true", help="also trace sessions from before the start")
+    failed.add_argument("-i", "--interval", metavar="SECONDS", type=number(0.1, 1e9, float),
+        help="also print the sessions that are open, every so many seconds and at the end")
     add("--owner", choices=("accept", "close"), default="accept",
         help="who owns an incoming session: the process that accepted it (default), or the one that closed it, "
              "which saves the probe on accept()")
@@ -342,8 +383,9 @@ def cflags(args):
     return flags({
         **filters(args),
         "RING_PAGES": RING_PAGES, "RECORD_SIZE": RECORD.size - 8,
-        "MAX_SESSIONS": MAX_SESSIONS, "MAX_UNCLAIMED": MAX_UNCLAIMED,
+        "MAX_SOCKETS": MAX_SOCKETS, "MAX_UNCLAIMED": MAX_UNCLAIMED,
         "FAILED": int(args.failed), "EXISTING": int(args.existing),
+        "MAX_HOLDERS": MAX_SOCKETS if args.existing else 1,
     }, LOSSES, ROLES, ENDS)
 
 
@@ -387,24 +429,25 @@ def fate(role, end, err):
 
 def line(args, record, start, wall):
     """Returns one line. start: when tracing started, wall: offset of the kernel's clock from Unix time, both in ns."""
-    born, ready, owner, role, _, died, tx, rx, laddr, raddr, lport, rport, netns, srtt, retrans, end, err = record
+    born, ready, owner, role, _, tx_seen, rx_seen, died, tx, rx, laddr, raddr, lport, rport, netns, srtt, retrans, end, err = record
     local, remote = address(laddr, netns), address(raddr, netns)
     ip = 6 if ":" in remote else 4
     pid, comm, json_owner = owner_text(owner)
     role, how, json_fate = fate(role, end, err)
     ms = (died - born if born else max(0, died - start)) / 1e6
     if args.json:
-        waited = "%.6f" % ((ready - born) / 1e6) if ready else "null"
+        waited = "%.6f" % ((ready - born) / 1e6) if ready and born else "null"
         return JSON % ((died + wall) / 1e9, json_owner, ip, local, lport, remote, rport, tx, rx, ms, netns, json_fate,
                        waited if role == "connect" else "null", waited if role == "accept" else "null",
-                       srtt >> 3 or "null", retrans, "false" if born else "true")
-    lifespan = ("%.2f" if born else ">%.2f") % ms
+                       srtt >> 3 or "null", retrans, "false" if born else "true",
+                       ',"tx_bytes_seen":%d,"rx_bytes_seen":%d' % (tx_seen, rx_seen) if args.existing else "")
+    lifespan = "%s%.2f%s" % ("" if born else ">", ms, "+" if how == "open" else "")
     if args.wide or args.csv:
         row = (pid, comm, ip, local, lport, remote, rport, tx >> 10, rx >> 10, lifespan)
     else:
         row = (pid, comm, local, lport, remote, rport, tx >> 10, rx >> 10, lifespan)
     if args.extra:
-        row += (role, "%.2f" % ((ready - born) / 1e6) if ready and role == "connect" else "N/A",
+        row += (role, "%.2f" % ((ready - born) / 1e6) if ready and born and role == "connect" else "N/A",
                 "%.2f" % (srtt / 8e3) if srtt else "N/A", retrans, how)
     if args.time or args.timestamp:
         row = times(args, died, start, wall) + row
@@ -421,14 +464,21 @@ def trace(args):
     bpf = load(args)
     read = open_events(bpf, RECORD)
     start = time.monotonic_ns()
+    due = start / 1e9 + (args.interval or math.inf)
+    if args.existing:
+        learn_existing(bpf, filter(str.isdigit, os.listdir("/proc")))
     write(header(args))
     stop = False
     while not stop:
         time.sleep(0.1)         # seconds that a line may be late
         stop = is_to_stop()
+        data = b""
+        if args.interval and (stop or time.monotonic() >= due):
+            data = walk(bpf, True, read) or b""
+            due = max(due + args.interval, time.monotonic())
         # At the end, what nobody has accepted. One that is accepted just now is in both, with the same from its end on.
         unclaimed = unaccepted(bpf) if stop and not args.pid else []
-        records = list(RECORD.iter_unpack(read()))
+        records = list(RECORD.iter_unpack(data + read()))
         if unclaimed:
             claimed = {record[5:] for record in records}
             records += {record[5:]: record for record in unclaimed if record[5:] not in claimed}.values()
@@ -621,6 +671,27 @@ static inline int error_of(struct sock *sk, int oldstate)
     return origin == SO_EE_ORIGIN_ICMP || origin == SO_EE_ORIGIN_ICMP6 ? READ(last, ee.ee_errno) : 0;
 }
 
+/* ---- holders ---- */
+BPF_HASH(holders, u64, struct owner, MAX_HOLDERS);      /* of sockets from before the start, by the inode of their file */
+
+/* NULL also before accept() and after close(). */
+static inline struct owner *holder_of(struct sock *sk)
+{
+    struct socket *socket = READ(sk, sk_socket);
+    u64 inode = socket ? READ((struct socket_alloc *)socket, vfs_inode.i_ino) : 0;
+
+    return holders.lookup(&inode);
+}
+
+/* ---- roles ---- */
+/* Whether connect() chose the port, which it marks. A transparent proxy's connection may share it, see its backlog. */
+static inline bool has_connected(struct sock *sk)
+{
+    struct inet_bind_bucket *bucket = READ((struct inet_connection_sock *)sk, icsk_bind_hash);
+
+    return bucket && (signed char)READ(bucket, fastreuse) < 0 && !READ(sk, sk_max_ack_backlog);
+}
+
 /* ---- accepted sockets ---- */
 /* What accept() returned, if it is TCP, else NULL. Of MPTCP it is the first subflow, unless that has ended. */
 static inline struct sock *tcp_of(struct sock *sk)
@@ -683,6 +754,64 @@ static inline int accept_returned(struct syscall_exit *ctx, bool first)
 
 int tracepoint_accept_first(struct syscall_exit *ctx) { return accept_returned(ctx, true); }
 int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(ctx, false); }
+
+/* ---- existing sockets ---- */
+/* Called by walk(), not by the kernel. Since Linux 6.1 a network namespace may have its own table of sockets. */
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 1, 0)
+#define TABLE_OF(sk, net) READ(READ(sk, __sk_common.skc_prot), h.hashinfo)
+#else
+#define TABLE_OF(sk, net) READ(net, ipv4.tcp_death_row.hashinfo)
+#endif
+
+BPF_F_TABLE("array", int, u64, tables, 512, 1 << 10 /* BPF_F_MMAPABLE */);
+
+/* Argument: a descriptor of a TCP socket. Returns how many elements are set: one per network namespace, 0 for none. */
+int find_tables(struct bpf_raw_tracepoint_args *ctx)
+{
+    struct sock *sk = socket_of(ctx->args[0]);
+    struct net *own = READ(sk, __sk_common.skc_net.net), *net = own;
+    u64 *table;
+    int i;
+
+    for (i = 0; i < 512 && (!i || net != own); i++) {
+        table = tables.lookup(&i);
+        if (table)              /* the head of the list is no namespace */
+            *table = READ(net, ns.ops) == READ(own, ns.ops) ? (u64)TABLE_OF(sk, net) : 0;
+        net = container_of(READ(net, list.next), struct net, list);
+    }
+    return i;
+}
+
+/*
+ * Arguments: a table, a bucket, and what to tell found(). Returns the bucket to go on with, ~0 at the end. It holds the
+ * RCU lock: what was a socket may be another one by now, in another bucket, but is nothing else.
+ */
+int walk_table(struct bpf_raw_tracepoint_args *ctx)
+{
+    struct inet_hashinfo *table = (struct inet_hashinfo *)ctx->args[0];
+    struct inet_ehash_bucket *buckets = READ(table, ehash);
+    u32 bucket = ctx->args[1], last = READ(table, ehash_mask);
+    struct hlist_nulls_node *node = READ(buckets + bucket, chain.first);
+    struct sock *sk;
+    u8 state;
+    int i;
+
+    for (i = 0; i < 128 && bucket <= last; i++) {
+        if (!((u64)node & 1)) {
+            sk = container_of(node, struct sock, __sk_common.skc_nulls_node);
+            state = READ(sk, __sk_common.skc_state);
+            if (state != TCP_TIME_WAIT && state != TCP_NEW_SYN_RECV && state != TCP_CLOSE)      /* no mini-sockets */
+                found(sk, state, ctx->args[2]);
+            node = READ(node, next);
+        } else if ((u64)node >> 1 == bucket) {          /* the end of the chain has the number of its bucket */
+            bucket++;
+            node = READ(buckets + bucket, chain.first);
+        } else {
+            return bucket;
+        }
+    }
+    return bucket > last ? ~0 : bucket;
+}
 
 /* ---- records ---- */
 _Static_assert(sizeof(struct event) == RECORD_SIZE, "struct event has gaps, or a member of a type that FORMATS lacks");
@@ -764,6 +893,83 @@ def filters(args, *peer):
             "IS_WANTED_PEER(e)": " && ".join(["(%s)" % condition for condition in peer]),
             "IS_WANTED_LPORT(port)": any_of("(port) == %d", option("lport")),
             "FILTERS": int(set(peer) != {"true"} or bool(option("lport")))}
+
+
+# ---- existing sockets ----
+def socket_inodes(pid):
+    """Returns the inode numbers of the sockets that the process holds, of any kind. Raises OSError."""
+    inodes = set()
+    for task in os.listdir("/proc/%s/task" % pid):              # a first thread that has ended shows no descriptors
+        for fd in os.scandir("/proc/%s/task/%s/fd" % (pid, task)):
+            with contextlib.suppress(FileNotFoundError):
+                target = os.readlink(fd.path)
+                if target.startswith("socket:["):
+                    inodes.add(int(target[8:-1]))
+        if inodes:
+            break               # the other threads have the same descriptors
+    return inodes
+
+
+def learn_existing(bpf, pids):
+    """Tells the kernel side who of these processes holds which socket, the first one if several do, and walks.
+
+    Returns whether all is known.
+    """
+    table, holders, is_hidden = bpf["holders"], {}, False
+    for pid in pids:
+        try:
+            with open("/proc/%s/comm" % pid, "rb") as file:
+                owner = table.Leaf(int(pid), file.read()[:-1][:15])
+            holders.update(dict.fromkeys(socket_inodes(pid) - holders.keys(), owner))
+        except OSError as error:                # else it has ended
+            is_hidden |= isinstance(error, PermissionError)
+    for inode in list(holders)[:MAX_SOCKETS]:
+        table[table.Key(inode)] = holders[inode]
+    with open("/proc/self/status") as status:
+        capabilities = int(re.search(r"CapEff:\s*(\w+)", status.read())[1], 16)
+    if is_hidden and not (capabilities >> 19 & 1 and capabilities & 6):
+        say("owners of sockets from before the start not known: needs CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH")
+    if len(holders) > MAX_SOCKETS:
+        say("%d owners of sockets from before the start not known: the map was full" % (len(holders) - MAX_SOCKETS))
+    return walk(bpf) is not None and not is_hidden and len(holders) <= MAX_SOCKETS
+
+
+def walk(bpf, what=0, read=bytes):
+    """Calls found() of the C text with each connected socket of the host, and read() now and then.
+
+    Returns what read() returned, joined; None, after a message, if the kernel refuses.
+    """
+    import bcc
+
+    def call(name, *values):    # struct bpf_test_run_opts of libbpf: its size, context and size of that, result
+        context = (ctypes.c_uint64 * 12)(*values)
+        options = ctypes.create_string_buffer(struct.pack("=Q24xQ8xI28x", 80, ctypes.addressof(context), 96))
+        if bcc.lib.bpf_prog_test_run_opts(bpf.load_func(name, bcc.BPF.RAW_TRACEPOINT).fd, options):
+            raise OSError(os.strerror(ctypes.get_errno()))
+        return struct.unpack_from("=I", options, 56)[0]
+    results, calls, missed = [], 0, 0
+    try:
+        with socket.socket() as sock:
+            count = call("find_tables", sock.fileno())
+        tables = mmap.mmap(bpf["tables"].map_fd, 512 * 8, prot=mmap.PROT_READ)
+        for table in {*memoryview(tables).cast("Q")[:count]} - {0}:
+            bucket = again = 0
+            while bucket != 0xffffffff:
+                start, bucket = bucket, call("walk_table", table, bucket, what)
+                again = again + 1 if bucket == start else 0
+                missed += again == 100
+                bucket += again == 100
+                calls += 1
+                if not calls % 64:
+                    results.append(read())
+    except Exception as error:
+        say("cannot look for connected sockets: %s" % error)
+        return None
+    if missed:
+        say("%d chains of connected sockets not read to the end: too long, or changing too fast" % missed)
+    if count == 512:
+        say("network namespaces after the 512th may have tables of connected sockets that are not known")
+    return b"".join([*results, read()])
 
 
 # ---- compiling ----

@@ -250,7 +250,7 @@ class Right(live.Alone):
                 unknown = sockets_of(os.getpid()) - 16
         self.assertEqual((churn.status, events.status), (0, 0))
         self.assertEqual(churn.stderr,
-                         "tcpchurn: %d sockets from before the start not known: the map was full\n" % unknown)
+                         "tcpchurn: %d owners of sockets from before the start not known: the map was full\n" % unknown)
         self.assertRegex(events.stderr, "^deeptcptracer: [0-9]+ owners of sockets from before the start not known: "
                                         "the map was full\n")
         self.assertGreaterEqual(int(events.stderr.split()[1]), unknown)

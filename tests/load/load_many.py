@@ -112,7 +112,7 @@ class Many(live.Alone):
 
     def test_maps_that_are_too_small(self):
         """What fits is traced, the rest is reported."""
-        sessions = live.Tracer("tcplife", "--json", "--netns", self.netns, check=False, pretend={"MAX_SESSIONS": 1000})
+        sessions = live.Tracer("tcplife", "--json", "--netns", self.netns, check=False, pretend={"MAX_SOCKETS": 1000})
         events = live.Tracer("deeptcptracer", "-e", "tcp_reset", "-N", self.netns, check=False,
                              pretend={"MAX_SOCKETS": 1000})
         with live.tracing(sessions, events):

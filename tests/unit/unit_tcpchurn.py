@@ -26,6 +26,9 @@ tcpchurn_connects_total{pid="1",comm="init"} 6
 # HELP tcpchurn_closes_total TCP connections that ended on the side of the process.
 # TYPE tcpchurn_closes_total counter
 tcpchurn_closes_total{pid="1",comm="init"} 3
+# HELP tcpchurn_open TCP connections of the process that are open.
+# TYPE tcpchurn_open gauge
+tcpchurn_open{pid="1",comm="init"} 12
 # HELP tcpchurn_lost_total Events that tcpchurn knows it missed.
 # TYPE tcpchurn_lost_total counter
 tcpchurn_lost_total{pid="1",comm="init",what="map_full"} 0
@@ -41,7 +44,7 @@ class Kernel:
 
     def __init__(self, args):
         self.now, self.width, self.size = 10 ** 12, tcpchurn.bucket_ns(args), tcpchurn.buckets(args)
-        self.so_far = [0, 0, 0]
+        self.so_far = [0, 0, 0, 0]
         self.map_fd = os.memfd_create("buckets")
         os.ftruncate(self.map_fd, (self.size + 1) * tcpchurn.BUCKET.size)
 
@@ -75,16 +78,16 @@ class Sums(unittest.TestCase):
         for step in range(1, 80):
             kernel.now += 10 ** 8
             counts, totals = windows.read()
-            self.assertEqual([accepted for accepted, _, _ in counts], [7 * (step <= 50), 7 * (step <= 10)], step)
-            self.assertEqual(totals, (7, 0, 0))
+            self.assertEqual([accepted for accepted, *_ in counts], [7 * (step <= 50), 7 * (step <= 10)], step)
+            self.assertEqual(totals, (7, 0, 0, 0))
 
     def test_late_counts_are_seen(self):
         kernel, windows = self.start("-w", "1")
         kernel.count(1)
-        self.assertEqual(windows.read()[0], [[0, 1, 0]])
+        self.assertEqual(windows.read()[0], [[0, 1, 0, 0]])
         kernel.count(1)                         # the same bucket, after it was read
         kernel.now += 10 ** 8
-        self.assertEqual(windows.read()[0], [[0, 2, 0]])
+        self.assertEqual(windows.read()[0], [[0, 2, 0, 0]])
 
     def test_the_first_count_of_a_bucket_may_come_late(self):
         """The kernel side looks at the clock, and writes when the next bucket has been read already."""
@@ -95,7 +98,7 @@ class Sums(unittest.TestCase):
         kernel.count(0)
         kernel.now += kernel.width
         for step in range(20):
-            self.assertEqual(windows.read(), ([[1 if step < 10 else 0, 0, 0]], (1, 0, 0)), step)
+            self.assertEqual(windows.read(), ([[1 if step < 10 else 0, 0, 0, 0]], (1, 0, 0, 0)), step)
             kernel.now += kernel.width
 
     def test_ten_million_events_in_constant_memory(self):
@@ -120,9 +123,9 @@ class Sums(unittest.TestCase):
             kernel.now += 2 * 10 ** 9
             kernel.count(2, 1)
             expected = 4 if pause > 8 else 9
-            self.assertEqual([closed for _, _, closed in windows.read()[0]], [expected, 1], pause)
+            self.assertEqual([closed for _, _, closed, _ in windows.read()[0]], [expected, 1], pause)
             kernel.now += 3600 * 10 ** 9
-            self.assertEqual([closed for _, _, closed in windows.read()[0]], [0, 0], pause)
+            self.assertEqual([closed for _, _, closed, _ in windows.read()[0]], [0, 0], pause)
 
     def test_bucket_width(self):
         for argv, width in ((["-w", "1200", "1"], 10 ** 8), (["-w", "0.5"], 5 * 10 ** 7), (["-w", "0.001"], 10 ** 6)):
@@ -148,21 +151,32 @@ class Output(unittest.TestCase):
         self.assertEqual("".join(map(tcpchurn.heading, [1.05, 0.123456789, 1200, 0.001])).split(),
                          ["1.05", "0.12346", "1200.0", "0.001"])
 
-    windows = [[4, 6, 3]] * 7 + [[2, 4, 2], [1, 2, 2]]
+    windows, totals = [[4, 6, 3, 5]] * 7 + [[2, 4, 2, 0], [1, 2, 2, 0]], [4, 6, 3, 5]
 
     def test_documented_format(self):
-        text = tcpchurn.render(tcpchurn.parse_args(["1"]), self.windows, [4, 6, 3])
+        text = tcpchurn.render(tcpchurn.parse_args(["1"]), self.windows, self.totals)
         self.assertEqual(text, SAMPLE)
 
     def test_accepts_apart(self):
-        text = tcpchurn.render(tcpchurn.parse_args(["1", "-a", "-c"]), self.windows, [4, 6, 3])
+        text = tcpchurn.render(tcpchurn.parse_args(["1", "-a", "-c"]), self.windows, self.totals)
         self.assertTrue(text.startswith("\033[H\033[2J "))
         self.assertEqual([line[0] for line in text.splitlines()[1:]], ["A", "O", "C"])
 
+    def test_open(self):
+        """As many seconds ago, and now."""
+        args = tcpchurn.parse_args(["1", "-o"])
+        rows = tcpchurn.render(args, self.windows, self.totals).splitlines()
+        self.assertEqual(rows[:3], SAMPLE.splitlines())
+        self.assertEqual(rows[3].split(), ["N", *["5"] * 7, "8", "11", "12"])
+        rows = tcpchurn.render(args, self.windows, self.totals, knows_existing=False).splitlines()
+        self.assertEqual(rows[3].split(), ["N"] + ["N/A"] * 10)
+        self.assertEqual({len(row) for row in rows}, {len(rows[0])})
+
     def test_json(self):
-        value = json.loads(tcpchurn.render(tcpchurn.parse_args(["1", "--json"]), self.windows, [4, 6, 3]))
+        value = json.loads(tcpchurn.render(tcpchurn.parse_args(["1", "--json"]), self.windows, self.totals))
         self.assertEqual(value["opened"], [a + c for a, c in zip(value["accepted"], value["connected"])])
         self.assertEqual(value["all"], {"opened": 10, "accepted": 4, "connected": 6, "closed": 3})
+        self.assertEqual(value["open"], 12)
 
     def test_prometheus(self):
         """To the letter: text format 0.0.4, and nothing is left beside the file."""
@@ -170,13 +184,13 @@ class Output(unittest.TestCase):
             path = os.path.join(folder, "a.prom")
             lost = dict(zip(tcpchurn.LOSSES, [0, 3]))
             for accepted in 3, 4:
-                tcpchurn.publish(path, 'pid="1",comm="init"', 1795330800.25, (accepted, 6, 3), lost)
+                tcpchurn.publish(path, 'pid="1",comm="init"', 1795330800.25, (accepted, 6, 3, 5), lost)
             with open(path) as file:
                 self.assertEqual(file.read(), PROM)
             self.assertEqual(os.listdir(folder), ["a.prom"])
             os.symlink("/dev/full", os.path.join(folder, "a.new"))
             with self.assertRaises(OSError):            # whoever may write to the folder must not redirect root
-                tcpchurn.publish(path, "", 0, (0, 0, 0), lost)
+                tcpchurn.publish(path, "", 0, (0, 0, 0, 0), lost)
 
     def test_label_values(self):
         name = b'a"b\\\n\xff'

@@ -20,11 +20,11 @@ LADDR6, RADDR6 = "2001:db8::1", "2001:db8::2"
 
 
 def record(comm=b"curl", pid=42, laddr=LADDR, raddr=RADDR, born=10 ** 9, ready=0, died=3 * 10 ** 9 + 500,
-           role="connect", srtt=0, end="local", err=0):
+           role="connect", srtt=0, end="local", err=0, seen=(2000, 23)):
     """A record. Each number in it is another one."""
     tx, rx, retrans, syn = 3000, 1023, 7, 1
     return tcplife.RECORD.unpack(tcplife.RECORD.pack(
-        born, ready, struct.pack("=I16s", pid, comm), list(tcplife.ROLES.values()).index(role), syn, died, tx, rx,
+        born, ready, struct.pack("=I16s", pid, comm), list(tcplife.ROLES.values()).index(role), syn, *seen, died, tx, rx,
         ctext.address(laddr), ctext.address(raddr), 5555, 80, 4026531840, srtt, retrans,
         list(tcplife.ENDS.values()).index(end), err))
 
@@ -115,6 +115,18 @@ class Output(unittest.TestCase):
         value = json.loads(line("--json", born=0, role=None))
         self.assertEqual((value["partial"], value["ms"], value["role"]), (True, 1000.0005, None))
 
+        self.assertEqual(line("-x", born=0, role="connect", ready=5).split()[-6:-4], [">1000.00", "connect"])
+        value = json.loads(line("--json", "--existing", born=0, role="accept", ready=5))
+        self.assertEqual([value[name] for name in ("role", "connect_ms", "accept_ms", "tx_bytes_seen", "rx_bytes_seen")],
+                         ["accept", None, None, 2000, 23])
+
+    def test_open_session(self):
+        self.assertEqual(line(end="open").split()[-1], "2000.00+")
+        self.assertEqual(line("-x", end="open", born=0).split()[-6], ">1000.00+")
+        self.assertTrue(line("-sx", end="open").endswith(",2000.00+,connect,N/A,N/A,7,open\n"))
+        value = json.loads(line("--json", end="open"))
+        self.assertEqual((value["end"], value["err"], value["ms"]), ("open", None, 2000.0005))
+
     def test_unknown_owner(self):
         value = json.loads(line("--json", pid=0, comm=b""))
         self.assertEqual((value["pid"], value["comm"]), (None, None))
@@ -151,7 +163,8 @@ class Arguments(unittest.TestCase):
             self.assertEqual(tcplife.parse_args(["--netns", text]).netns, inode)
 
     def test_bad_arguments_exit_2(self):
-        for wrong in (["-p", "x"], ["-p", "٣"], ["-L", "1,,2"], ["-4", "-6"], ["--duration", "1_0"]):
+        for wrong in (["-p", "x"], ["-p", "٣"], ["-L", "1,,2"], ["-4", "-6"], ["--duration", "1_0"], ["-i", "0"],
+                      ["-i", "1", "--failed"]):
             with self.assertRaises(SystemExit) as caught, contextlib.redirect_stderr(io.StringIO()):
                 tcplife.parse_args(wrong)
             self.assertEqual(caught.exception.code, 2)
