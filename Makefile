@@ -20,7 +20,8 @@ PREFIX  ?= /usr/local
 DESTDIR ?=
 PYTHON  ?= /usr/bin/python3
 TOOLS   = tcplife tcpaccept tcpv4connect tcpchurn deeptcptracer
-LIVE    = $(TOOLS:%=test_%) test_hostile test_second test_right test_reports test_sockets test_output
+LIVE    = $(TOOLS:%=test_%) test_hostile test_second test_right test_reports test_sockets test_existing \
+          test_output
 LOAD    = load_loss load_many
 # Each argument is a command, so that a tool has a line of its own in what prove prints.
 PROVE   = PYTHON=$(PYTHON) prove --directives --failures --comments --timer --exec 'sh -c'

@@ -153,7 +153,7 @@ static inline void remember_owner(struct sock *sk)
 }
 
 /* A connected socket, at the start. */
-static inline void found(struct sock *sk, u8 state, bool tells)
+static inline void found(struct sock *sk, u8 state, u16 what)
 {
     struct owner *holder = holder_of(sk);
     int err = holder ? owners.insert(&sk, holder) : 0;
@@ -551,7 +551,7 @@ def trace(args):
     bpf = load(args)
     record = record_of(args)
     read = open_events(bpf, record)
-    learn_existing(bpf, filter(str.isdigit, os.listdir("/proc")))
+    learn_existing(bpf)
     if args.kstack and not has_names():
         say("stacks have addresses, no names: the kernel shows this user none (kernel.kptr_restrict, CAP_SYSLOG)")
     write(header(args))
@@ -753,7 +753,7 @@ static inline int error_of(struct sock *sk, int oldstate)
 }
 
 /* ---- holders ---- */
-BPF_HASH(holders, u64, struct owner, MAX_HOLDERS);      /* of sockets from before the start, by the inode of their file */
+BPF_HASH(holders, u64, struct owner, MAX_HOLDERS);      /* of sockets from before the start, by the file's inode */
 
 /* NULL also before accept() and after close(). */
 static inline struct owner *holder_of(struct sock *sk)
@@ -843,10 +843,11 @@ int find_tables(struct bpf_raw_tracepoint_args *ctx)
     struct sock *sk = socket_of(ctx->args[0]);
     struct net *own = READ(sk, __sk_common.skc_net.net), *net = own;
     u64 *table;
-    int i;
+    int i, n;
 
     for (i = 0; i < 512 && (!i || net != own); i++) {
-        table = tables.lookup(&i);
+        n = i;                  /* Linux 5.10 cannot verify a loop whose counter is on the stack */
+        table = tables.lookup(&n);
         if (table)              /* the head of the list is no namespace */
             *table = READ(net, ns.ops) == READ(own, ns.ops) ? (u64)TABLE_OF(sk, net) : 0;
         net = container_of(READ(net, list.next), struct net, list);
@@ -1003,13 +1004,13 @@ def socket_inodes(pid):
     return inodes
 
 
-def learn_existing(bpf, pids):
-    """Tells the kernel side who of these processes holds which socket, the first one if several do, and walks.
+def learn_existing(bpf, *pids):
+    """Tells the kernel side which process holds which socket, of several the first one, and walks. pids: only these.
 
-    Returns whether all is known.
+    Returns whether all owners are known; None if the kernel refuses.
     """
     table, holders, is_hidden = bpf["holders"], {}, False
-    for pid in pids:
+    for pid in pids or filter(str.isdigit, os.listdir("/proc")):
         try:
             with open("/proc/%s/comm" % pid, "rb") as file:
                 owner = table.Leaf(int(pid), file.read()[:-1][:15])
@@ -1020,11 +1021,11 @@ def learn_existing(bpf, pids):
         table[table.Key(inode)] = holders[inode]
     with open("/proc/self/status") as status:
         capabilities = int(re.search(r"CapEff:\s*(\w+)", status.read())[1], 16)
-    if is_hidden and not (capabilities >> 19 & 1 and capabilities & 6):
+    if (is_hidden or not pids) and not (capabilities >> 19 & 1 and capabilities & 6):
         say("owners of sockets from before the start not known: needs CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH")
     if len(holders) > MAX_SOCKETS:
         say("%d owners of sockets from before the start not known: the map was full" % (len(holders) - MAX_SOCKETS))
-    return walk(bpf) is not None and not is_hidden and len(holders) <= MAX_SOCKETS
+    return None if walk(bpf) is None else not is_hidden and len(holders) <= MAX_SOCKETS
 
 
 def walk(bpf, what=0, read=bytes):

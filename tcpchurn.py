@@ -68,7 +68,8 @@ examples = """examples:
 
 PROGRAM = "tcpchurn"
 KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "pid", "pid_namespace", "signal_struct", "files_struct", "fdtable",
-                "file", "socket_alloc", "mptcp_sock", "proto", "inet_hashinfo", "inet_ehash_bucket", "hlist_nulls_node"]
+                "file", "socket_alloc", "mptcp_sock", "proto", "inet_hashinfo", "inet_ehash_bucket",
+                "hlist_nulls_node"]
 WINDOWS = [1.0, 5.0, 10.0, 30.0, 60.0, 120.0, 240.0, 500.0, 1200.0]     # seconds
 BUCKET_SECONDS = 0.1            # at most
 MAX_BUCKETS = 1 << 19           # 14 hours of 0.1 s
@@ -175,7 +176,7 @@ static inline void state_change(void *ctx, struct sock *sk, int oldstate, int ne
 }
 
 /* A connected socket, at the start. The holders are this process alone. */
-static inline void found(struct sock *sk, u8 state, bool tells)
+static inline void found(struct sock *sk, u8 state, u16 what)
 {
     if (holder_of(sk) && is_open(state))
         opened(sk, EXISTED);
@@ -259,7 +260,8 @@ def cflags(args):
     private = address_condition("(e)->raddr", [(ipaddress.ip_network(network), 0) for network in PRIVATE])
     return flags({
         **filters(args, "!(%s)" % private if args.ignore_private else "true"),
-        "MAX_SOCKETS": MAX_SOCKETS, "MAX_HOLDERS": MAX_SOCKETS, "BUCKETS": buckets(args), "BUCKET_NS": "%dull" % bucket_ns(args),
+        "MAX_SOCKETS": MAX_SOCKETS, "MAX_HOLDERS": MAX_SOCKETS,
+        "BUCKETS": buckets(args), "BUCKET_NS": "%dull" % bucket_ns(args),
     }, LOSSES, COUNTS)
 
 
@@ -387,7 +389,7 @@ def trace(args):
     if birth is None:
         die("no such process: %d" % args.pid)
     bpf = load(args)
-    knows_existing = learn_existing(bpf, [args.pid])
+    knows_existing = learn_existing(bpf, args.pid)
     windows = Windows(args, bpf)
     labels = labels_of(args.pid)
     start = time.time()
@@ -574,7 +576,7 @@ static inline void read_endpoints(struct endpoints *e, struct sock *sk)
 }
 
 /* ---- holders ---- */
-BPF_HASH(holders, u64, struct owner, MAX_HOLDERS);      /* of sockets from before the start, by the inode of their file */
+BPF_HASH(holders, u64, struct owner, MAX_HOLDERS);      /* of sockets from before the start, by the file's inode */
 
 /* NULL also before accept() and after close(). */
 static inline struct owner *holder_of(struct sock *sk)
@@ -662,10 +664,11 @@ int find_tables(struct bpf_raw_tracepoint_args *ctx)
     struct sock *sk = socket_of(ctx->args[0]);
     struct net *own = READ(sk, __sk_common.skc_net.net), *net = own;
     u64 *table;
-    int i;
+    int i, n;
 
     for (i = 0; i < 512 && (!i || net != own); i++) {
-        table = tables.lookup(&i);
+        n = i;                  /* Linux 5.10 cannot verify a loop whose counter is on the stack */
+        table = tables.lookup(&n);
         if (table)              /* the head of the list is no namespace */
             *table = READ(net, ns.ops) == READ(own, ns.ops) ? (u64)TABLE_OF(sk, net) : 0;
         net = container_of(READ(net, list.next), struct net, list);
@@ -819,13 +822,13 @@ def socket_inodes(pid):
     return inodes
 
 
-def learn_existing(bpf, pids):
-    """Tells the kernel side who of these processes holds which socket, the first one if several do, and walks.
+def learn_existing(bpf, *pids):
+    """Tells the kernel side which process holds which socket, of several the first one, and walks. pids: only these.
 
-    Returns whether all is known.
+    Returns whether all owners are known; None if the kernel refuses.
     """
     table, holders, is_hidden = bpf["holders"], {}, False
-    for pid in pids:
+    for pid in pids or filter(str.isdigit, os.listdir("/proc")):
         try:
             with open("/proc/%s/comm" % pid, "rb") as file:
                 owner = table.Leaf(int(pid), file.read()[:-1][:15])
@@ -836,11 +839,11 @@ def learn_existing(bpf, pids):
         table[table.Key(inode)] = holders[inode]
     with open("/proc/self/status") as status:
         capabilities = int(re.search(r"CapEff:\s*(\w+)", status.read())[1], 16)
-    if is_hidden and not (capabilities >> 19 & 1 and capabilities & 6):
+    if (is_hidden or not pids) and not (capabilities >> 19 & 1 and capabilities & 6):
         say("owners of sockets from before the start not known: needs CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH")
     if len(holders) > MAX_SOCKETS:
         say("%d owners of sockets from before the start not known: the map was full" % (len(holders) - MAX_SOCKETS))
-    return walk(bpf) is not None and not is_hidden and len(holders) <= MAX_SOCKETS
+    return None if walk(bpf) is None else not is_hidden and len(holders) <= MAX_SOCKETS
 
 
 def walk(bpf, what=0, read=bytes):

@@ -3,9 +3,9 @@
 # tcplife  Trace the lifespan of TCP sessions and summarize.
 #          For Linux, uses bcc, eBPF.
 #
-# usage: tcplife [-h] [-T] [-t] [-w | -s | --json] [-x] [-p PID] [-L LOCALPORT] [-D REMOTEPORT] [-4 | -6] [--failed]
-#                [--existing] [--owner {accept,close}] [--no-kprobe] [--netns NETNS] [--duration SECONDS] [--ebpf]
-#                [--version]
+# usage: tcplife [-h] [-T] [-t] [-w | -s | --json] [-x] [-p PID] [-L LOCALPORT] [-D REMOTEPORT] [-4 | -6]
+#                [--failed | -i SECONDS] [--existing] [--owner {accept,close}] [--no-kprobe] [--netns NETNS]
+#                [--duration SECONDS] [--ebpf] [--version]
 #
 # Prints one line per finished session: the process that owns the socket, addresses, ports, bytes each way and
 # milliseconds; with -x also how it ended. Failed connects are shown, too.
@@ -54,7 +54,6 @@ import csv
 import ctypes
 import functools
 import io
-import math
 import socket
 
 examples = """examples:
@@ -68,13 +67,14 @@ examples = """examples:
   ./tcplife -D 80        # only trace remote port 80
   ./tcplife -x --failed  # only sessions that failed, and how
   ./tcplife --netns web  # only trace the network namespace web
+  ./tcplife -x --existing -i 1 --duration 1     # list what is open now
 """
 
 PROGRAM = "tcplife"
 KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "pid", "pid_namespace", "files_struct", "fdtable", "file",
                 "socket_alloc", "mptcp_sock", "sock_flags", "sock_exterr_skb", "sk_buff", "inet_bind_bucket", "proto",
                 "inet_hashinfo", "inet_ehash_bucket", "hlist_nulls_node"]
-MAX_SOCKETS = 1 << 18          # live sockets: 29 MB of kernel memory
+MAX_SOCKETS = 1 << 18           # live sockets: 33 MB of kernel memory
 MAX_UNCLAIMED = 1 << 14         # sessions that ended before accept() returned them
 RING_PAGES = (8 << 20) // mmap.PAGESIZE         # 8 MiB: a second of the fastest load measured
 # Names in the C text, where they are numbers in this order, and what is printed.
@@ -104,9 +104,10 @@ struct session {
     u64 born;                   /* bpf_ktime_get_ns(); 0: before the start of the tool */
     u64 ready;                  /* when connect() succeeded or accept() returned; 0: not yet */
     struct owner owner;
-    u16 role;                   /* ROLES */
-    u16 syn;                    /* 1: the kernel counts a SYN as a byte sent */
-    u64 tx_seen, rx_seen;       /* what the kernel had counted when EXISTED was found; in an event, bytes since then */
+    u8 role;                    /* ROLES */
+    u8 syn;                     /* 1: the kernel counts a SYN as a byte sent */
+    u16 listed;                 /* number of the list of open sessions that it was in last */
+    u64 tx_seen, rx_seen;       /* of EXISTED, counted by then; in an event, bytes since then */
 };
 
 struct event {
@@ -144,7 +145,7 @@ static inline void recall(struct sock *sk, struct session *s)
         s->owner = *holder;
 }
 
-static inline void birth(struct sock *sk, u16 role)
+static inline void birth(struct sock *sk, u8 role)
 {
     struct session s = {.born = role == EXISTED ? 0 : bpf_ktime_get_ns(), .role = role, .syn = role == CONNECT};
     struct endpoints ends;
@@ -212,8 +213,8 @@ static inline u64 without(u64 bytes, u64 counted)
     return bytes > counted ? bytes - counted : 0;
 }
 
-/* Tells of a session as it is now: it leaves this state for CLOSE, or is still open. */
-static inline void tell(struct sock *sk, int state, bool is_open)
+/* Prints a session that leaves this state for CLOSE, or an open one for this list, once. */
+static inline void tell(struct sock *sk, int state, u16 list)
 {
     struct session *s = sessions.lookup(&sk);
     struct event e = {.died = bpf_ktime_get_ns()};
@@ -221,18 +222,20 @@ static inline void tell(struct sock *sk, int state, bool is_open)
     bool fin_acked, fin_came, is_orphan;
     u64 flags;
 
-    if (!s)
+    if (!s || (list && s->listed == list))
         return;
     e.session = *s;
-    if (!is_open)
+    if (list)
+        s->listed = list;
+    else
         sessions.delete(&sk);
     flags = READ(sk, __sk_common.skc_flags);
     is_orphan = flags >> SOCK_DEAD & 1;
     fin_came = flags >> SOCK_DONE & 1;
     fin_acked = (state == TCP_FIN_WAIT2 || state == TCP_LAST_ACK || state == TCP_CLOSING) &&
                 READ(tp, snd_una) == READ(tp, write_seq);
-    e.end = is_open ? OPEN : end_of(sk, state, fin_acked, fin_came, is_orphan);
-    e.err = is_open ? 0 : error_of(sk, state);
+    e.end = list ? OPEN : end_of(sk, state, fin_acked, fin_came, is_orphan);
+    e.err = list ? 0 : error_of(sk, state);
     if (FAILED && !e.err && e.end <= BOTH)
         return;
     read_endpoints(&e.ends, sk);
@@ -249,17 +252,17 @@ static inline void tell(struct sock *sk, int state, bool is_open)
     e.rx = without(e.rx, fin_came);
     e.srtt = READ(tp, srtt_us);
     e.retrans = READ(tp, total_retrans);
-    if (is_open || is_orphan || e.session.owner.pid)            /* nobody accepts an orphan */
+    if (list || is_orphan || e.session.owner.pid)       /* nobody accepts an orphan */
         submit(&e);
     else if (unclaimed.update(&sk, &e))
         count_lost(LOST_UNCLAIMED);
 }
 
-/* A connected socket, at the start or with -i. */
-static inline void found(struct sock *sk, u8 state, bool tells)
+/* A connected socket: at the start, or for a list of those that are open. */
+static inline void found(struct sock *sk, u8 state, u16 list)
 {
-    if (tells)
-        tell(sk, state, true);
+    if (list)
+        tell(sk, state, list);
     else
         birth(sk, EXISTED);
 }
@@ -321,7 +324,7 @@ static inline void state_change(void *ctx, struct sock *sk, int oldstate, int ne
     } else if (closes && READ(sk, sk_lock.owned)) {     /* not in softirq */
         own(sk);
     } else if (newstate == TCP_CLOSE) {
-        tell(sk, oldstate, false);
+        tell(sk, oldstate, 0);
     }
 }
 
@@ -364,9 +367,9 @@ def parse_args(argv=None):
     family.add_argument("-6", "--ipv6", action="store_true", help="trace IPv6 only")
     failed = parser.add_mutually_exclusive_group()
     failed.add_argument("--failed", action="store_true", help="trace only sessions that did not end with FINs")
-    add("--existing", action="store_true", help="also trace sessions from before the start")
     failed.add_argument("-i", "--interval", metavar="SECONDS", type=number(0.1, 1e9, float),
         help="also print the sessions that are open, every so many seconds and at the end")
+    add("--existing", action="store_true", help="also trace sessions from before the start")
     add("--owner", choices=("accept", "close"), default="accept",
         help="who owns an incoming session: the process that accepted it (default), or the one that closed it, "
              "which saves the probe on accept()")
@@ -429,7 +432,8 @@ def fate(role, end, err):
 
 def line(args, record, start, wall):
     """Returns one line. start: when tracing started, wall: offset of the kernel's clock from Unix time, both in ns."""
-    born, ready, owner, role, _, tx_seen, rx_seen, died, tx, rx, laddr, raddr, lport, rport, netns, srtt, retrans, end, err = record
+    (born, ready, owner, role, _, _, tx_seen, rx_seen, died, tx, rx, laddr, raddr, lport, rport, netns, srtt, retrans,
+     end, err) = record
     local, remote = address(laddr, netns), address(raddr, netns)
     ip = 6 if ":" in remote else 4
     pid, comm, json_owner = owner_text(owner)
@@ -464,24 +468,25 @@ def trace(args):
     bpf = load(args)
     read = open_events(bpf, RECORD)
     start = time.monotonic_ns()
-    due = start / 1e9 + (args.interval or math.inf)
-    if args.existing:
-        learn_existing(bpf, filter(str.isdigit, os.listdir("/proc")))
+    due, number = start / 1e9 + (args.interval or 0), bool(args.interval)       # of the next list of open sessions
+    if args.existing and learn_existing(bpf) is None:
+        number = 0
     write(header(args))
     stop = False
     while not stop:
         time.sleep(0.1)         # seconds that a line may be late
         stop = is_to_stop()
         data = b""
-        if args.interval and (stop or time.monotonic() >= due):
-            data = walk(bpf, True, read) or b""
+        if number and (stop or time.monotonic() >= due):
+            data = walk(bpf, number, read)
+            number = 0 if data is None else number % 0xffff + 1
             due = max(due + args.interval, time.monotonic())
         # At the end, what nobody has accepted. One that is accepted just now is in both, with the same from its end on.
         unclaimed = unaccepted(bpf) if stop and not args.pid else []
-        records = list(RECORD.iter_unpack(data + read()))
+        records = list(RECORD.iter_unpack((data or b"") + read()))
         if unclaimed:
-            claimed = {record[5:] for record in records}
-            records += {record[5:]: record for record in unclaimed if record[5:] not in claimed}.values()
+            claimed = {record[8:] for record in records}
+            records += {record[8:]: record for record in unclaimed if record[8:] not in claimed}.values()
         wall = time.time_ns() - time.monotonic_ns()     # every time, as the clock may have been set
         stop = write("".join([line(args, record, start, wall) for record in records])) or stop
         report(bpf)
@@ -672,7 +677,7 @@ static inline int error_of(struct sock *sk, int oldstate)
 }
 
 /* ---- holders ---- */
-BPF_HASH(holders, u64, struct owner, MAX_HOLDERS);      /* of sockets from before the start, by the inode of their file */
+BPF_HASH(holders, u64, struct owner, MAX_HOLDERS);      /* of sockets from before the start, by the file's inode */
 
 /* NULL also before accept() and after close(). */
 static inline struct owner *holder_of(struct sock *sk)
@@ -771,10 +776,11 @@ int find_tables(struct bpf_raw_tracepoint_args *ctx)
     struct sock *sk = socket_of(ctx->args[0]);
     struct net *own = READ(sk, __sk_common.skc_net.net), *net = own;
     u64 *table;
-    int i;
+    int i, n;
 
     for (i = 0; i < 512 && (!i || net != own); i++) {
-        table = tables.lookup(&i);
+        n = i;                  /* Linux 5.10 cannot verify a loop whose counter is on the stack */
+        table = tables.lookup(&n);
         if (table)              /* the head of the list is no namespace */
             *table = READ(net, ns.ops) == READ(own, ns.ops) ? (u64)TABLE_OF(sk, net) : 0;
         net = container_of(READ(net, list.next), struct net, list);
@@ -910,13 +916,13 @@ def socket_inodes(pid):
     return inodes
 
 
-def learn_existing(bpf, pids):
-    """Tells the kernel side who of these processes holds which socket, the first one if several do, and walks.
+def learn_existing(bpf, *pids):
+    """Tells the kernel side which process holds which socket, of several the first one, and walks. pids: only these.
 
-    Returns whether all is known.
+    Returns whether all owners are known; None if the kernel refuses.
     """
     table, holders, is_hidden = bpf["holders"], {}, False
-    for pid in pids:
+    for pid in pids or filter(str.isdigit, os.listdir("/proc")):
         try:
             with open("/proc/%s/comm" % pid, "rb") as file:
                 owner = table.Leaf(int(pid), file.read()[:-1][:15])
@@ -927,11 +933,11 @@ def learn_existing(bpf, pids):
         table[table.Key(inode)] = holders[inode]
     with open("/proc/self/status") as status:
         capabilities = int(re.search(r"CapEff:\s*(\w+)", status.read())[1], 16)
-    if is_hidden and not (capabilities >> 19 & 1 and capabilities & 6):
+    if (is_hidden or not pids) and not (capabilities >> 19 & 1 and capabilities & 6):
         say("owners of sockets from before the start not known: needs CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH")
     if len(holders) > MAX_SOCKETS:
         say("%d owners of sockets from before the start not known: the map was full" % (len(holders) - MAX_SOCKETS))
-    return walk(bpf) is not None and not is_hidden and len(holders) <= MAX_SOCKETS
+    return None if walk(bpf) is None else not is_hidden and len(holders) <= MAX_SOCKETS
 
 
 def walk(bpf, what=0, read=bytes):

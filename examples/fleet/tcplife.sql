@@ -1,4 +1,5 @@
--- The table for the JSON lines of tcplife, and one for its messages; kept for 14 days.
+-- The table for the JSON lines of tcplife and one for its messages, kept for 14 days; and one for the sessions that -i
+-- lists as open, where the last line of a session replaces those before it.
 --
 -- ClickHouse before 19.6 (Debian 12 has 18.16) knows neither LowCardinality nor TTL:
 --     sed 's/LowCardinality(\(.*\)),/\1,/; /^TTL/d' tcplife.sql | clickhouse-client -n
@@ -30,6 +31,11 @@ CREATE TABLE IF NOT EXISTS tcplife (
     partial UInt8
 ) ENGINE = MergeTree PARTITION BY toDate(toUInt32(ts)) ORDER BY (host, lport, ts)
 TTL toDateTime(toUInt32(ts)) + INTERVAL 14 DAY
+;
+
+CREATE TABLE IF NOT EXISTS tcplife_open AS tcplife
+ENGINE = ReplacingMergeTree PARTITION BY toDate(toUInt32(ts)) ORDER BY (host, netns, laddr, lport, raddr, rport)
+TTL toDateTime(toUInt32(ts)) + INTERVAL 1 DAY
 ;
 
 CREATE TABLE IF NOT EXISTS tcplife_messages (

@@ -224,7 +224,8 @@ class Fleet(unittest.TestCase):
         expected = "".join(one.post(query, database="one") for query in queries[:6])
         self.assertEqual("".join(one.post(query, database="fleet") for query in queries[:6]), expected)
         with tempfile.TemporaryDirectory() as folder:
-            pathlib.Path(folder, "life.json").write_text(self.witness.stdout)
+            still_open = dict(self.witness.objects[0], end="open", err=None)    # changes no answer
+            pathlib.Path(folder, "life.json").write_text(self.witness.stdout + json.dumps(still_open) + "\n")
             sql = (parts.EXAMPLES / "life.sql").read_text() + ";\n".join(queries)
             chdb = subprocess.run([parts.CHDB, "-m", "chdb", sql, "TabSeparated"], cwd=folder, capture_output=True,
                                   text=True)
@@ -277,6 +278,29 @@ class Fleet(unittest.TestCase):
         (host, _, _, lost, what), = parts.until(kept_and_lost)
         self.assertEqual((host, what), (parts.HOST, "sessions lost: the ring buffer was full"))
         self.assertGreater(int(lost), 0)
+
+
+    def test_9_open_sessions(self):
+        """They are in a table of their own until they end; there, the last line of a session is the one that stays."""
+        self.collector.stop()
+        self.collector.configure("/proc/self/ns/net -i 1")
+        self.collector.start()
+        with socket.create_server((PEER, 0)) as listener:
+            where = "WHERE rport = %d" % listener.getsockname()[1]
+
+            def moved(count):
+                rows = self.server.rows("SELECT * FROM tcplife_open FINAL " + where)
+                return rows if [row["tx_bytes"] for row in rows] == [count] else None
+            with socket.create_connection(listener.getsockname()) as client, listener.accept()[0] as server:
+                for count, total in (10, 10), (20, 30):
+                    client.sendall(b"x" * count)
+                    row, = parts.until(lambda total=total: moved(total))
+                    self.assertEqual((row["end"], row["pid"]), ("open", os.getpid()))
+                self.assertEqual(self.server.rows("SELECT * FROM tcplife " + where), [])
+                workload.receive(server, 30)
+                client.close()
+        row, = parts.until(lambda: self.server.rows("SELECT * FROM tcplife " + where))
+        self.assertEqual((row["end"], row["tx_bytes"]), ("local", 30))
 
 
 @unittest.skipUnless(live.MAY_TRACE, live.WHY_NOT)

@@ -219,7 +219,8 @@ for tool; do
     beside "$tool where there is no /proc" no_proc "$tool" ${process:+"$process"}
     beside "$tool for a namespace that is deleted" deleted_namespace "$tool" "$@"
     beside "$tool where tracefs is not mounted" without_tracefs "$tool" "$@"
-    beside "$tool without root, with some capabilities" few_capabilities 0 '' \
+    [ "$tool" != deeptcptracer ] || said='owners .* CAP_SYS_PTRACE'
+    beside "$tool without root, with some capabilities" few_capabilities 0 "${said:-}" \
         "$no_tracefs; mount -t tracefs tracefs /sys/kernel/tracing" "$tool" "$@"
     if [ "$tool" = tcpv4connect ]; then
         beside "$tool with these, without tracefs" few_capabilities 0 '' "$no_tracefs" "$tool" "$@"

@@ -180,7 +180,7 @@ class OneByOne(live.Alone):
 
     def test_ends_that_are_not_seen(self):
         """They are reported when the kernel destroys the sockets."""
-        blind = live.without(tcplife.bpf_text, "tell(sk, oldstate, false);")
+        blind = live.without(tcplife.bpf_text, "tell(sk, oldstate, 0);")
         with socket.create_server(("127.0.0.1", 0)) as listener, live.Tracer(
                 "tcplife", "--json", "--netns", self.netns, check=False, pretend={"bpf_text": blind}) as tracer:
             for _ in range(5):
