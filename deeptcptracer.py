@@ -1014,7 +1014,8 @@ def learn_existing(bpf, *pids):
         try:
             with open("/proc/%s/comm" % pid, "rb") as file:
                 owner = table.Leaf(int(pid), file.read()[:-1][:15])
-            holders.update(dict.fromkeys(socket_inodes(pid) - holders.keys(), owner))
+            for inode in socket_inodes(pid):
+                holders.setdefault(inode, owner)
         except OSError as error:                # else it has ended
             is_hidden |= isinstance(error, PermissionError)
     for inode in list(holders)[:MAX_SOCKETS]:
@@ -1038,7 +1039,8 @@ def walk(bpf, what=0, read=bytes):
     def call(name, *values):    # struct bpf_test_run_opts of libbpf: its size, context and size of that, result
         context = (ctypes.c_uint64 * 12)(*values)
         options = ctypes.create_string_buffer(struct.pack("=Q24xQ8xI28x", 80, ctypes.addressof(context), 96))
-        if bcc.lib.bpf_prog_test_run_opts(bpf.load_func(name, bcc.BPF.RAW_TRACEPOINT).fd, options):
+        program = bpf.load_func(name, bcc.BPF.RAW_TRACEPOINT)
+        if bcc.lib["bpf_prog_test_run_opts"](program.fd, options):      # by name: without the types that bcc may give it
             raise OSError(os.strerror(ctypes.get_errno()))
         return struct.unpack_from("=I", options, 56)[0]
     results, calls, missed = [], 0, 0

@@ -315,8 +315,8 @@ static inline void state_change(void *ctx, struct sock *sk, int oldstate, int ne
 
     if (oldstate == TCP_CLOSE || oldstate == TCP_LISTEN)
         forget(sk);
-    else if (EXISTING && oldstate != TCP_SYN_RECV && (closes || newstate == TCP_CLOSE))
-        birth(sk, EXISTED);     /* unless it is known */
+    else if (EXISTING && oldstate != TCP_SYN_RECV && (closes || newstate == TCP_CLOSE) && !sessions.lookup(&sk))
+        birth(sk, EXISTED);     /* it ends before the walk has found it */
     if (newstate == TCP_SYN_SENT) {
         birth(sk, CONNECT);
     } else if (newstate == TCP_ESTABLISHED) {
@@ -926,7 +926,8 @@ def learn_existing(bpf, *pids):
         try:
             with open("/proc/%s/comm" % pid, "rb") as file:
                 owner = table.Leaf(int(pid), file.read()[:-1][:15])
-            holders.update(dict.fromkeys(socket_inodes(pid) - holders.keys(), owner))
+            for inode in socket_inodes(pid):
+                holders.setdefault(inode, owner)
         except OSError as error:                # else it has ended
             is_hidden |= isinstance(error, PermissionError)
     for inode in list(holders)[:MAX_SOCKETS]:
@@ -950,7 +951,8 @@ def walk(bpf, what=0, read=bytes):
     def call(name, *values):    # struct bpf_test_run_opts of libbpf: its size, context and size of that, result
         context = (ctypes.c_uint64 * 12)(*values)
         options = ctypes.create_string_buffer(struct.pack("=Q24xQ8xI28x", 80, ctypes.addressof(context), 96))
-        if bcc.lib.bpf_prog_test_run_opts(bpf.load_func(name, bcc.BPF.RAW_TRACEPOINT).fd, options):
+        program = bpf.load_func(name, bcc.BPF.RAW_TRACEPOINT)
+        if bcc.lib["bpf_prog_test_run_opts"](program.fd, options):      # by name: without the types that bcc may give it
             raise OSError(os.strerror(ctypes.get_errno()))
         return struct.unpack_from("=I", options, 56)[0]
     results, calls, missed = [], 0, 0

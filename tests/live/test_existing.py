@@ -222,7 +222,12 @@ class Existing(live.Alone):
     def test_refused(self):
         """One line says so, and the rest works."""
         client, server = self.pair(self.listen())
-        refuse = "import bcc, ctypes; bcc.lib.bpf_prog_test_run_opts = lambda *_: ctypes.set_errno(1) or -1"
+        refuse = """
+import ctypes
+def get(lib, name, get=ctypes.CDLL.__getitem__):
+    return (lambda *_: ctypes.set_errno(1) or -1) if name == "bpf_prog_test_run_opts" else get(lib, name)
+ctypes.CDLL.__getitem__ = get
+"""
         for tool in (["tcplife", "--json", "--existing", "-i", 0.1, "--netns", self.netns],
                      ["deeptcptracer", "--json", "-N", self.netns], ["tcpchurn", os.getpid(), "--json", "-i", 0.2]):
             with self.subTest(tool), live.Tracer(*tool, check=False, before=refuse) as tracer:
