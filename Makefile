@@ -20,7 +20,7 @@ PREFIX  ?= /usr/local
 DESTDIR ?=
 PYTHON  ?= /usr/bin/python3
 TOOLS   = tcplife tcpaccept tcpv4connect tcpchurn deeptcptracer
-LIVE    = $(TOOLS:%=test_%) test_hostile test_second test_right test_reports test_sockets test_existing \
+LIVE    = $(TOOLS:%=test_%) test_hostile test_second test_right test_reports test_sockets test_existing test_owners \
           test_output
 LOAD    = load_loss load_many
 # Each argument is a command, so that a tool has a line of its own in what prove prints.

@@ -51,7 +51,6 @@ except ImportError:
 # ---- deeptcptracer ----
 import ctypes
 import functools
-import ipaddress
 import itertools
 import socket
 
@@ -83,8 +82,9 @@ LOSSES = {"LOST_EVENT": "events lost: the ring buffer was full",
 EVENTS = {"SET_STATE": "tcp_set_state()", "SEND_FIN": "tcp_send_fin()", "FIN": "tcp_fin()", "RESET": "tcp_reset()",
           "RETRANSMIT": "tcp_retransmit_skb()", "ERROR": "sock_def_error_report()",
           "ZERO_WINDOW_RECEIVED": "tcp_ack()/win==0", "ZERO_WINDOW_SENT": "tcp_select_window()/win==0",
-          "SEND_RESET": "tcp_send_reset()"}
+          "SEND_RESET": "tcp_send_reset()", "RETRANSMIT_SYNACK": "tcp_retransmit_synack()"}
 EVENT_NAMES = list(EVENTS.values())
+DEFAULT_EVENTS = set(range(len(EVENTS) - 1))    # all but the last
 STATES = ["", "ESTABLISHED", "SYN_SENT", "SYN_RECV", "FIN_WAIT1", "FIN_WAIT2", "TIME_WAIT", "CLOSE", "CLOSE_WAIT",
           "LAST_ACK", "LISTEN", "CLOSING", "NEW_SYN_RECV"]
 CA_STATES = dict(enumerate(["Open", "Disorder", "CWR", "Recovery", "Loss"]))         # enum tcp_ca_state
@@ -105,6 +105,8 @@ struct event {
     u16 event;                  /* EVENTS */
     u16 oldstate, state;
     u16 detail;                 /* state of congestion control, or reason of a RST */
+    u32 inode;
+    u32 backlog, max_backlog;   /* of a listener that sends a SYN-ACK again */
     s64 stack_size;             /* bytes */
     u64 in_state[STATE_TIME];   /* ns in the old state; 0: not known */
     u64 stack[STACK_DEPTH];
@@ -192,9 +194,9 @@ static inline void read_skb_endpoints(struct endpoints *e, struct sk_buff *skb, 
     }
 }
 
-/* skb: as in rst_sent(), else NULL */
+/* skb: as in rst_sent(), else NULL; listener: of a mini-socket, else NULL */
 static inline void emit(void *ctx, struct sock *sk, struct sk_buff *skb, struct owner *o, u8 event, u8 oldstate,
-                        u8 state, u8 detail, u64 in_state)
+                        u8 state, u8 detail, u64 in_state, struct sock *listener)
 {
     u64 ts = bpf_ktime_get_ns();
     struct owner nobody = {};
@@ -210,7 +212,7 @@ static inline void emit(void *ctx, struct sock *sk, struct sk_buff *skb, struct 
     else
         read_endpoints(&ends, sk);
     /* inet_sport stays when a socket leaves the port's hash table, even until another connect() has found a port */
-    if (oldstate == TCP_CLOSE || (oldstate == TCP_SYN_SENT && is_unsent(sk)))
+    if (listener || oldstate == TCP_CLOSE || (oldstate == TCP_SYN_SENT && is_unsent(sk)))
         ends.lport = READ(sk, __sk_common.skc_num);
     if (!IS_WANTED_PEER(&ends) || !IS_WANTED_LPORT(ends.lport))
         return;
@@ -221,12 +223,15 @@ static inline void emit(void *ctx, struct sock *sk, struct sk_buff *skb, struct 
     }
     e->ts = ts;
     e->owner = *o;
-    e->sk_err = event == SEND_RESET ? 0 : error_of(sk, oldstate);
+    e->sk_err = listener || event == SEND_RESET ? 0 : error_of(sk, oldstate);
     e->ends = ends;
     e->event = event;
     e->oldstate = oldstate;
     e->state = state;
     e->detail = detail;
+    e->inode = listener ? inode_of(listener) : event == SEND_RESET ? 0 : inode_of(sk);
+    e->backlog = listener ? READ(listener, sk_ack_backlog) : 0;
+    e->max_backlog = listener ? READ(listener, sk_max_ack_backlog) : 0;
     e->stack_size = 0;
     if (STATE_TIME)
         e->in_state[0] = in_state;
@@ -239,7 +244,7 @@ static inline void emit(void *ctx, struct sock *sk, struct sk_buff *skb, struct 
 /* An event that is not a change of state. */
 static inline int happened(void *ctx, struct sock *sk, u8 event, u8 detail)
 {
-    emit(ctx, sk, NULL, owner_of(sk), event, 0, state_of(sk), detail, 0);
+    emit(ctx, sk, NULL, owner_of(sk), event, 0, state_of(sk), detail, 0, NULL);
     return 0;
 }
 
@@ -274,11 +279,11 @@ static inline void state_change(void *ctx, struct sock *sk, int oldstate, int ne
     if (newstate == TCP_LISTEN)         /* not by tcp_set_state() */
         return;
     if (IS_CHOSEN(FIN) && fin_has_come(sk, oldstate, newstate))
-        emit(ctx, sk, NULL, o, FIN, oldstate, oldstate, 0, 0);
+        emit(ctx, sk, NULL, o, FIN, oldstate, oldstate, 0, 0, NULL);
     if (IS_CHOSEN(SET_STATE))
-        emit(ctx, sk, NULL, o, SET_STATE, oldstate, newstate, 0, ns);
+        emit(ctx, sk, NULL, o, SET_STATE, oldstate, newstate, 0, ns, NULL);
     if (IS_CHOSEN(SEND_FIN) && sends_fin)
-        emit(ctx, sk, NULL, o, SEND_FIN, oldstate, newstate, 0, 0);
+        emit(ctx, sk, NULL, o, SEND_FIN, oldstate, newstate, 0, 0, NULL);
 }
 
 static inline int error_reported(void *ctx, struct sock *sk)
@@ -297,6 +302,13 @@ static inline int retransmitted(void *ctx, struct sock *sk)
     return happened(ctx, sk, RETRANSMIT, __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__ ? bits >> 3 : bits & 31);
 }
 
+/* req: a mini-socket, as below */
+static inline int synack_retransmitted(void *ctx, struct sock *listener, u64 req)
+{
+    emit(ctx, (struct sock *)req, NULL, owner_of(listener), RETRANSMIT_SYNACK, 0, TCP_NEW_SYN_RECV, 0, 0, listener);
+    return 0;
+}
+
 /*
  * sk: NULL if there is none, or a mini-socket, which has only the members of struct sock_common.
  * skb: the segment that is answered, or NULL if this end aborts the connection
@@ -307,7 +319,7 @@ static inline int rst_sent(void *ctx, struct sock *sk, struct sk_buff *skb, u8 r
     bool is_full = state && state != TCP_TIME_WAIT && state != TCP_NEW_SYN_RECV;
 
     if (!skb || !tcphdr_of(skb).rst)            /* the function is also called for a RST, but does not answer it */
-        emit(ctx, sk, skb, is_full ? owner_of(sk) : NULL, SEND_RESET, 0, state, reason, 0);
+        emit(ctx, sk, skb, is_full ? owner_of(sk) : NULL, SEND_RESET, 0, state, reason, 0, NULL);
     return 0;
 }
 
@@ -334,6 +346,7 @@ static inline void accepted(struct sock *sk, bool is_sure)
 
 int tracepoint_rst(struct bpf_raw_tracepoint_args *ctx) { return rst_sent(ctx, SK(ctx), SKB(ctx), REASON(ctx)); }
 int tracepoint_retransmit(struct bpf_raw_tracepoint_args *ctx) { return ERR(ctx) ? 0 : retransmitted(ctx, SK(ctx)); }
+int tracepoint_synack(struct bpf_raw_tracepoint_args *ctx) { return synack_retransmitted(ctx, SK(ctx), ctx->args[1]); }
 int tracepoint_segment(struct bpf_raw_tracepoint_args *ctx) { return segment_received(ctx, SK(ctx), SKB(ctx)); }
 int tracepoint_reset(struct bpf_raw_tracepoint_args *ctx) { return happened(ctx, SK(ctx), RESET, 0); }
 int tracepoint_error(struct bpf_raw_tracepoint_args *ctx) { return error_reported(ctx, SK(ctx)); }
@@ -341,27 +354,9 @@ int kprobe_error(struct pt_regs *ctx, struct sock *sk) { return error_reported(c
 """
 
 NAMES = "EVENT_SOURCE", "PID", "COMM", "SOURCE", "DESTINATION", "TCP_STATE", "SK_ERR"
-TEXT = "%-23s %-6s %-16s %-21s %-21s %-24s %s"
-JSON = '{"ts":%.6f,%s,%s,%s,"state_ms":%s,"netns":%d%s}\n'
-
-
-def networks(text):
-    """Returns comma-separated addresses and prefixes as pairs of an ip_network and the number of an interface, or 0."""
-    pairs = []
-    try:
-        if not text.isascii():                  # ip_network() would take the digits of any script
-            raise ValueError
-        for part in text.split(","):
-            part, percent, interface = part.partition("%")
-            network, scope = ipaddress.ip_network(part, strict=False), 0
-            if percent:
-                scope = number(1, 0x7fffffff)(interface) if interface.isdecimal() else socket.if_nametoindex(interface)
-            if scope and (network.version == 4 or not network.is_link_local):
-                raise ValueError
-            pairs.append((network, scope))
-    except (ValueError, OSError):
-        raise argparse.ArgumentTypeError("not a list of addresses or networks: %r" % text)
-    return pairs
+TEXT = "%-23s %-6s %-16s ", "%-21s %-21s %-24s %s"
+UNIT = "%-12.12s "              # between these two, with --unit
+JSON = '{"ts":%.6f,%s,%s,%s,"state_ms":%s,"netns":%d,"inode":%s%s}\n'
 
 
 def event_list(text):
@@ -377,25 +372,29 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(PROGRAM, description="Trace what happens to TCP connections",
                                      formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)
     add = parser.add_argument
-    add("-p", "--pid", type=process, help="trace this PID only")
-    add("-t", "--timestamp", action="store_true", help="include timestamp on output (HH:MM:SS.mmm)")
+    add("-p", "--pid", type=processes, help="trace this PID only (or comma-separated ones)")
+    add("-t", "--timestamp", action="count", default=0,
+        help="include timestamp on output (HH:MM:SS.mmm; -tt: with the date)")
     add("-m", "--ms", action="store_true", help="include how many milliseconds the old state lasted")
     add("-K", "--kstack", action="store_true", help="include the kernel stack")
-    add("-s", "--saddr", metavar="ADDRESS", type=networks, help="comma-separated list of local addresses or networks")
-    add("-d", "--daddr", metavar="ADDRESS", type=networks, help="comma-separated list of remote addresses or networks")
+    add("-s", "--saddr", dest="laddr", metavar="ADDRESS", type=networks,
+        help="comma-separated list of local addresses or networks; ! excludes")
+    add("-d", "--daddr", dest="raddr", metavar="ADDRESS", type=networks,
+        help="comma-separated list of remote addresses or networks; ! excludes")
     add("-S", "--sport", dest="lport", metavar="PORT", type=ports, help="comma-separated list of local ports to trace.")
     add("-D", "--dport", dest="rport", metavar="PORT", type=ports,
         help="comma-separated list of remote ports to trace.")
     chosen = parser.add_mutually_exclusive_group()
-    chosen.add_argument("-e", "--events", metavar="LIST", type=event_list, default=set(range(len(EVENTS))),
+    chosen.add_argument("-e", "--events", metavar="LIST", type=event_list, default=DEFAULT_EVENTS,
         help="comma-separated list of the events to trace: " +
-             ", ".join(name.partition("(")[0] for name in EVENT_NAMES))
+             ", ".join(name.partition("(")[0] for name in EVENT_NAMES) + " (default: all but the last)")
     chosen.add_argument("-R", "--retransmissions", action="store_const", dest="events",
-        const=event_list("tcp_retransmit_skb"), help="trace retransmissions only")
+        const=event_list("tcp_retransmit_skb,tcp_retransmit_synack"), help="trace retransmissions only")
     family = parser.add_mutually_exclusive_group()
     family.add_argument("-4", "--ipv4", action="store_true", help="trace IPv4 only")
     family.add_argument("-6", "--ipv6", action="store_true", help="trace IPv6 only")
     add("--json", action="store_true", help="print one JSON object per line, with exact times")
+    add("--unit", action="store_true", help="include the service or container of the process on output")
     add("--no-kprobe", action="store_true", help="trace accept() at the exit of the system call, kprobes or not")
     add_common(parser, "-N")
     return parser.parse_args(argv)
@@ -423,7 +422,7 @@ def record_of(args):
 def cflags(args):
     """Returns the arguments as macros for the C text. Only numbers get into it."""
     return flags({
-        **filters(args, address_condition("(e)->laddr", args.saddr), address_condition("(e)->raddr", args.daddr)),
+        **filters(args),
         "RING_PAGES": RING_PAGES, "RECORD_SIZE": record_of(args).size - 8,
         "MAX_SOCKETS": MAX_SOCKETS, "MAX_HOLDERS": MAX_SOCKETS,
         "STACK_DEPTH": STACK_DEPTH if args.kstack else 0, "STATE_TIME": int(args.ms),
@@ -447,6 +446,8 @@ def attach(bcc, args):
         probes.append(("tcp_receive_reset", "reset"))
     if "SEND_RESET" in chosen:
         probes.append(("tcp_send_reset", "rst"))
+    if "RETRANSMIT_SYNACK" in chosen:
+        probes.append(("tcp_retransmit_synack", "synack"))
     if "RETRANSMIT" in chosen:
         probes.append(("tcp_retransmit_skb", "retransmit"))
     if chosen & {"ZERO_WINDOW_RECEIVED", "ZERO_WINDOW_SENT"}:
@@ -464,16 +465,17 @@ def attach(bcc, args):
 
 
 @functools.lru_cache(maxsize=16)
-def clock(second):
-    return time.strftime("%H:%M:%S", time.localtime(second))
+def clock(second, form):
+    return time.strftime(form, time.localtime(second))
 
 
 # A connection has many events, and their lines have parts in common.
 @functools.lru_cache(maxsize=4096)
-def owner_columns(owner, event):
+def owner_columns(owner, event, has_unit):
     """Returns event and owner, as text and as JSON members."""
-    pid, comm, members = owner_text(owner)
-    return "%-23s %-6s %-16s " % (EVENT_NAMES[event], pid, comm), '"event":"%s",%s' % (EVENT_NAMES[event], members)
+    pid, comm, unit, members = owner_text(owner)
+    name = EVENT_NAMES[event]
+    return TEXT[0] % (name, pid, comm) + (UNIT % unit if has_unit else ""), '"event":"%s",%s' % (name, members)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -486,16 +488,18 @@ def endpoint_columns(laddr, raddr, lport, rport, netns):
 
 
 @functools.lru_cache(maxsize=4096)
-def state_columns(event, oldstate, state, detail, sk_err):
+def state_columns(event, oldstate, state, detail, sk_err, backlog, max_backlog):
     """Returns states, error and reason, as text and as JSON members."""
     name, old, new = EVENT_NAMES[event], STATES[oldstate], STATES[state]
     error = errno.errorcode.get(sk_err, str(sk_err)) if sk_err else ""
     ca_state = CA_STATES.get(detail, "") if name == "tcp_retransmit_skb()" else ""
     reason = reset_reasons().get(detail, "") if name == "tcp_send_reset()" else ""
+    queue = "queue %d/%d" % (backlog, max_backlog) if name == "tcp_retransmit_synack()" else ""
     states = "%s -> %s" % (old, new) if name == "tcp_set_state()" else new or "N/A"
-    members = '"oldstate":%s,"state":%s,"sk_err":%s,"ca_state":%s,"reason":%s' % tuple(
-        json.dumps(value or None) for value in (old, new, error, ca_state, reason))
-    return ("%-24s %s" % (states + ("/" + ca_state if ca_state else ""), error or reason)).rstrip(), members
+    members = '"oldstate":%s,"state":%s,"sk_err":%s,"ca_state":%s,"reason":%s,"backlog":%s,"max_backlog":%s' % tuple(
+        json.dumps(value) for value in (*(value or None for value in (old, new, error, ca_state, reason)),
+                                        *((backlog, max_backlog) if queue else (None, None))))
+    return ("%-24s %s" % (states + ("/" + ca_state if ca_state else ""), error or reason or queue)).rstrip(), members
 
 
 @functools.lru_cache(maxsize=None)
@@ -521,28 +525,31 @@ def stack_of(packed):
 def header(args):
     if args.json:
         return ""
-    return ("Tracing TCP events. Ctrl-C to end.\n" + ("%-12s " % "TIME" if args.timestamp else "") + TEXT % NAMES +
+    time_column = ("", "%-12s " % "TIME", "%-23s " % "TIME")[min(args.timestamp, 2)]
+    return ("Tracing TCP events. Ctrl-C to end.\n" + time_column +
+            (UNIT * args.unit).join(TEXT) % (NAMES[:3] + ("UNIT",) * args.unit + NAMES[3:]) +
             ("%21s" % "MS" if args.ms else "") + "\n")
 
 
 def line(args, record, wall):
     """Returns one line, with its stack. wall: offset of the kernel's clock from Unix time in ns."""
-    (ts, owner, sk_err, laddr, raddr, lport, rport, netns, event, oldstate, state, detail, stack_size, in_state,
-     stack) = record
+    (ts, owner, sk_err, laddr, raddr, lport, rport, netns, event, oldstate, state, detail, inode, backlog, max_backlog,
+     stack_size, in_state, stack) = record
     ms = int.from_bytes(in_state, sys.byteorder) / 1e6 if args.ms else 0
-    subject, json_subject = owner_columns(owner, event)
+    subject, json_subject = owner_columns(owner, event, args.unit)
     endpoints, json_endpoints = endpoint_columns(laddr, raddr, lport, rport, netns)
-    states, json_states = state_columns(event, oldstate, state, detail, sk_err)
+    states, json_states = state_columns(event, oldstate, state, detail, sk_err, backlog, max_backlog)
     functions = stack_of(stack[:stack_size]) if stack_size > 0 else None
     if args.json:
         json_stack = ',"stack":' + json.dumps(functions, separators=(",", ":")) if args.kstack else ""
         return JSON % ((ts + wall) / 1e9, json_subject, json_endpoints, json_states, "%.6f" % ms if ms else "null",
-                       netns, json_stack)
+                       netns, inode or "null", json_stack)
     if args.ms and EVENT_NAMES[event] == "tcp_set_state()":
         states = "%-49s %s" % (states, "%.2f" % ms if ms else "N/A")
     text = subject + endpoints + states + "\n"
     if args.timestamp:
-        text = "%s.%03d " % (clock((ts + wall) // 10 ** 9), (ts + wall) // 10 ** 6 % 1000) + text
+        ms, form = (ts + wall) // 10 ** 6, "%H:%M:%S" if args.timestamp == 1 else "%Y-%m-%d %H:%M:%S"
+        text = "%s.%03d " % (clock(ms // 1000, form), ms % 1000) + text
     return text + "".join(["    %s\n" % name for name in functions]) + "\n" if functions else text
 
 
@@ -551,7 +558,7 @@ def trace(args):
     bpf = load(args)
     record = record_of(args)
     read = open_events(bpf, record)
-    learn_existing(bpf)
+    learn_existing(bpf, args)
     if args.kstack and not has_names():
         say("stacks have addresses, no names: the kernel shows this user none (kernel.kptr_restrict, CAP_SYSLOG)")
     write(header(args))
@@ -653,7 +660,13 @@ static inline bool is_mine(void *ctx, u64 event, bool first)
 struct owner {
     u32 pid;                    /* 0: not known */
     char comm[TASK_COMM_LEN];
+    u32 wanted;                 /* whether the options want this process */
+    u64 cgroup;                 /* ID of its cgroup v2; 0: not asked for */
 };
+
+#if CGROUP_FILTER
+BPF_CGROUP_ARRAY(wanted_cgroup, 1);
+#endif
 
 /* Not in a loop: Linux 6.1 cannot verify that, and LLVM cannot unroll it. */
 #define LOOK_AT(depth)                                                      \
@@ -691,6 +704,13 @@ static inline void set_owner(struct owner *o)
         bpf_probe_read_kernel(&o->comm, sizeof(o->comm), &READ(task, group_leader)->comm);
     else
         bpf_get_current_comm(&o->comm, sizeof(o->comm));
+    o->wanted = o->pid && IS_WANTED_PROCESS(o);
+    if (CGROUP_IDS)
+        o->cgroup = bpf_get_current_cgroup_id();
+#if CGROUP_FILTER
+    if (wanted_cgroup.check_current_task(0) != 1)
+        o->wanted = 0;
+#endif
 }
 
 /* ---- endpoints ---- */
@@ -728,6 +748,14 @@ static inline void read_endpoints(struct endpoints *e, struct sock *sk)
     e->rport = ntohs(c.skc_dport);
 }
 
+/* The inode that user space sees of this socket; 0 before accept() and after close(). */
+static inline u32 inode_of(struct sock *sk)
+{
+    struct socket *socket = READ(sk, sk_socket);
+
+    return socket ? READ((struct socket_alloc *)socket, vfs_inode.i_ino) : 0;
+}
+
 /* ---- sockets ---- */
 /* Whether connect() failed before it sent a SYN, for lack of a port for example. TCP Fast Open may defer the SYN. */
 static inline bool is_unsent(struct sock *sk)
@@ -753,13 +781,11 @@ static inline int error_of(struct sock *sk, int oldstate)
 }
 
 /* ---- holders ---- */
-BPF_HASH(holders, u64, struct owner, MAX_HOLDERS);      /* of sockets from before the start, by the file's inode */
+BPF_HASH(holders, u32, struct owner, MAX_HOLDERS);      /* of sockets from before the start, by the file's inode */
 
-/* NULL also before accept() and after close(). */
 static inline struct owner *holder_of(struct sock *sk)
 {
-    struct socket *socket = READ(sk, sk_socket);
-    u64 inode = socket ? READ((struct socket_alloc *)socket, vfs_inode.i_ino) : 0;
+    u32 inode = inode_of(sk);
 
     return holders.lookup(&inode);
 }
@@ -904,6 +930,18 @@ def ports(text):
     return [number(1, 65535)(port) for port in text.split(",")]
 
 
+def names(text):
+    """Returns names of processes, as bytes. Longer ones do not exist."""
+    found = [os.fsencode(name) for name in text.split(",")]
+    if not all(0 < len(name) < 16 for name in found):
+        raise argparse.ArgumentTypeError("not a list of names of 1 to 15 bytes: %r" % text)
+    return found
+
+
+def uids(text):
+    return [number(0, 0xffffffff)(uid) for uid in text.split(",")]
+
+
 def process(text):
     """Returns a process ID. The process need not exist yet, but a thread is refused."""
     pid = number(1, 1 << 22)(text)
@@ -912,6 +950,10 @@ def process(text):
         if leader != pid:
             raise argparse.ArgumentTypeError("%d is a thread of process %d" % (pid, leader))
     return pid
+
+
+def processes(text):
+    return [process(pid) for pid in text.split(",")]
 
 
 def netns(text):
@@ -941,14 +983,34 @@ def netns_path(inode):
     return ""
 
 
-def add_common(parser, *netns_names):
-    """Adds what all tools have. netns_names: further names of --netns."""
+def add_common(parser, *letters):
+    """Adds what all tools have. letters: -u and -N, where they are other names of --uid and --netns."""
     add = parser.add_argument
-    add(*netns_names, "--netns", type=netns, help="trace this network namespace only: inode number, path or name")
+    add("--name", metavar="NAME", type=names, help="trace processes of this name only (or of comma-separated names)")
+    add(*{"-u"} & {*letters}, "--uid", type=uids, help="trace this UID only (or comma-separated ones)")
+    add("--cgroup", metavar="PATH", type=cgroup, help="trace this cgroup v2, and those below it, only")
+    add(*{"-N"} & {*letters}, "--netns", type=netns,
+        help="trace this network namespace only: inode number, path or name")
     add("--duration", metavar="SECONDS", type=number(0.001, 1e9, float), help="exit after this many seconds")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     add("--version", action="version", version="%(prog)s 1.0")
     parser.print_help = lambda: write(parser.format_help())     # argparse's own would fail only at exit
+
+
+# ---- cgroups ----
+@functools.lru_cache(maxsize=None)
+def cgroup_mount():
+    """Returns where cgroup v2 is mounted; "" if it is not."""
+    with open("/proc/self/mountinfo") as mounts:
+        return (re.findall(r"(?m)^\S+ \S+ \S+ \S+ (\S+) .* - cgroup2 ", mounts.read()) or [""])[0]
+
+
+def cgroup(text):
+    """Returns the path of a cgroup v2 as /proc/PID/cgroup shows it, given so or as a directory."""
+    path = os.path.normpath("/" + text.removeprefix(cgroup_mount()).lstrip("/"))
+    if not os.path.exists(cgroup_mount() + path + "/cgroup.procs") or not cgroup_mount():
+        raise argparse.ArgumentTypeError("not a cgroup v2: %r" % text)
+    return path
 
 
 # ---- filters ----
@@ -957,27 +1019,50 @@ def any_of(condition, values):
     return " || ".join([condition % value for value in values or []]) or "true"
 
 
-def filters(args, *peer):
-    """Returns the options that filter as macros: C expressions that are true for what is wanted. peer: more of them."""
+def filters(args):
+    """Returns the options that filter as macros: C expressions that are true for what is wanted."""
     option = vars(args).get
-    peer += (any_of("(e)->netns == %d", args.netns and [args.netns]), any_of("(e)->rport == %d", option("rport")),
-             "IS_IPV4((e)->raddr)" if option("ipv4") else "!IS_IPV4((e)->raddr)" if option("ipv6") else "true")
-    return {"IS_WANTED_OWNER(o)": any_of("(o)->pid == %d", args.pid and [args.pid]),
+    name = "(%s)" % " && ".join(["((u32 *)(o)->comm)[%d] == %%du" % n for n in range(4)])
+    owner = [any_of("(o)->pid == %d", args.pid), any_of("(u32)bpf_get_current_uid_gid() == %du", args.uid),
+             any_of(name, [struct.unpack("=4I", comm.ljust(16, b"\0")) for comm in args.name or []])]
+    peer = [address_condition("(e)->laddr", option("laddr")), address_condition("(e)->raddr", option("raddr")),
+            any_of("(e)->netns == %d", args.netns and [args.netns]), any_of("(e)->rport == %d", option("rport")),
+            "IS_IPV4((e)->raddr)" if option("ipv4") else "!IS_IPV4((e)->raddr)" if option("ipv6") else "true"]
+    return {"IS_WANTED_PROCESS(o)": " && ".join(["(%s)" % condition for condition in owner]),
+            "IS_WANTED_OWNER(o)": "(o)->wanted" if set(owner) != {"true"} or args.cgroup else "true",
+            "CGROUP_FILTER": int(args.cgroup is not None), "CGROUP_IDS": int(args.json or option("unit") is True),
             "IS_WANTED_PEER(e)": " && ".join(["(%s)" % condition for condition in peer]),
             "IS_WANTED_LPORT(port)": any_of("(port) == %d", option("lport")),
             "FILTERS": int(set(peer) != {"true"} or bool(option("lport")))}
 
 
 # ---- addresses ----
-def address_condition(address, networks):
-    """Returns a C expression that is true for a struct address in one of these networks, or for all if there are none.
+def networks(text):
+    """Returns a list of addresses and prefixes: (ip_network of IPv6, number of an interface or 0, "!" excludes it)."""
+    import ipaddress
+    found = []
+    try:
+        if not text.isascii():                  # ip_network() would take the digits of any script
+            raise ValueError
+        for part in text.split(","):
+            name, percent, interface = part.removeprefix("!").partition("%")
+            network, scope = ipaddress.ip_network(name, strict=False), 0
+            if percent:
+                scope = number(1, 0x7fffffff)(interface) if interface.isdecimal() else socket.if_nametoindex(interface)
+            if scope and (network.version == 4 or not network.is_link_local):
+                raise ValueError
+            if network.version == 4:
+                network = ipaddress.ip_network("::ffff:%s/%d" % (network.network_address, 96 + network.prefixlen))
+            found.append((network, scope, part.startswith("!")))
+    except (ValueError, OSError):
+        raise argparse.ArgumentTypeError("not a list of addresses or networks: %r" % text)
+    return found
 
-    networks: pairs of an ip_network and the number of an interface, 0 for any.
-    """
-    conditions = []
-    for network, scope in networks or []:
-        if network.version == 4:
-            network = ipaddress.ip_network("::ffff:%s/%d" % (network.network_address, 96 + network.prefixlen))
+
+def address_condition(address, networks):
+    """Returns a C expression that is true for a struct address that networks() wants, or for all if there are none."""
+    conditions = {True: [], False: []}
+    for network, scope, is_excluded in networks or []:
         words = zip(struct.unpack("=4I", network.network_address.packed), struct.unpack("=4I", network.netmask.packed))
         parts = ["(%s.word[%d] & %du) == %du" % (address, n, mask, value)
                  for n, (value, mask) in enumerate(words) if mask]
@@ -985,11 +1070,29 @@ def address_condition(address, networks):
             parts.append("!IS_IPV4(%s)" % address)
         if scope:
             parts.append("%s.scope == %d" % (address, scope))
-        conditions.append("(%s)" % " && ".join(parts))
-    return " || ".join(conditions) or "true"
+        conditions[is_excluded].append("(%s)" % " && ".join(parts))
+    wanted, excluded = " || ".join(conditions[False]), " || ".join(conditions[True])
+    return "%s && !(%s)" % ("(%s)" % wanted if wanted else "true", excluded) if excluded else wanted or "true"
 
 
 # ---- existing sockets ----
+def cgroup_of(pid):
+    """Returns the path of the process's cgroup v2 and its ID; None and 0 if it has none."""
+    with contextlib.suppress(OSError, TypeError), open("/proc/%s/cgroup" % pid, errors="surrogateescape") as file:
+        path = re.search("(?m)^0::(.*)$", file.read())[1]
+        return path, os.stat(cgroup_mount() + path).st_ino
+    return None, 0
+
+
+def is_wanted(args, pid, comm, path):
+    """Returns whether the options want this process, by what /proc shows. Raises OSError if it has ended."""
+    with open("/proc/%s/status" % pid, "rb") as status:
+        uid = int(status.read().split(b"\nUid:")[1].split()[0])
+    is_within = not args.cgroup or os.path.commonpath([path or "/", args.cgroup]) == args.cgroup
+    return bool(is_within and (not args.pid or int(pid) in args.pid) and (not args.name or comm in args.name) and
+                (not args.uid or uid in args.uid))
+
+
 def socket_inodes(pid):
     """Returns the inode numbers of the sockets that the process holds, of any kind. Raises OSError."""
     inodes = set()
@@ -1004,7 +1107,7 @@ def socket_inodes(pid):
     return inodes
 
 
-def learn_existing(bpf, *pids):
+def learn_existing(bpf, args, *pids):
     """Tells the kernel side which process holds which socket, of several the first one, and walks. pids: only these.
 
     Returns whether all owners are known; None if the kernel refuses.
@@ -1013,7 +1116,9 @@ def learn_existing(bpf, *pids):
     for pid in pids or filter(str.isdigit, os.listdir("/proc")):
         try:
             with open("/proc/%s/comm" % pid, "rb") as file:
-                owner = table.Leaf(int(pid), file.read()[:-1][:15])
+                comm = file.read()[:-1][:15]
+            path, cgroup_id = cgroup_of(pid)
+            owner = table.Leaf(int(pid), comm, is_wanted(args, pid, comm, path), cgroup_id)
             for inode in socket_inodes(pid):
                 holders.setdefault(inode, owner)
         except OSError as error:                # else it has ended
@@ -1040,7 +1145,7 @@ def walk(bpf, what=0, read=bytes):
         context = (ctypes.c_uint64 * 12)(*values)
         options = ctypes.create_string_buffer(struct.pack("=Q24xQ8xI28x", 80, ctypes.addressof(context), 96))
         program = bpf.load_func(name, bcc.BPF.RAW_TRACEPOINT)
-        if bcc.lib["bpf_prog_test_run_opts"](program.fd, options):      # by name: without the types that bcc may give it
+        if bcc.lib["bpf_prog_test_run_opts"](program.fd, options):      # without the types that bcc may give it
             raise OSError(os.strerror(ctypes.get_errno()))
         return struct.unpack_from("=I", options, 56)[0]
     results, calls, missed = [], 0, 0
@@ -1107,6 +1212,8 @@ def load(args):
             % (error, sys.executable))
     except Exception as error:
         die("cannot trace: %s" % error)
+    if args.cgroup:
+        bpf["wanted_cgroup"][0] = cgroup_mount() + args.cgroup
     counters = bpf["lost"]
     counters[len(LOSSES) + 1] = counters.Leaf(1)        # STARTED
     report(bpf)                 # what was skipped before does not count
@@ -1133,7 +1240,7 @@ def attach_accept(bpf, args):
 
 
 # ---- ring buffer ----
-FORMATS = {"u8": "B", "u16": "H", "u32": "I", "s32": "i", "u64": "Q", "s64": "q", "struct owner": "20s",
+FORMATS = {"u8": "B", "u16": "H", "u32": "I", "s32": "i", "u64": "Q", "s64": "q", "struct owner": "32s",
            "struct address": "20s"}
 
 
@@ -1222,19 +1329,47 @@ def address(packed, netns):
     return "%s%%%d" % (text, scope)
 
 
+@functools.lru_cache(maxsize=4096)
+def cgroup_path(number):
+    """Returns the path of the cgroup v2 with this ID; None if it has gone, or is not below the mount."""
+    handle = struct.pack("=IiQ", 8, 0xfe, number)               # struct file_handle with FILEID_KERNFS
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        mount = os.open(cgroup_mount(), os.O_RDONLY)
+        stack.callback(os.close, mount)
+        file = ctypes.CDLL(None).open_by_handle_at(mount, handle, os.O_PATH)
+        stack.callback(os.close, file)
+        path = os.readlink("/proc/self/fd/%d" % file)
+        return path[len(cgroup_mount()):] or "/" if path.startswith(cgroup_mount()) else None
+
+
+def escaped(raw):
+    """Returns bytes as text that no terminal takes for anything else."""
+    return raw.decode("latin-1").encode("unicode_escape").decode("ascii")
+
+
+def json_text(raw):
+    """Returns bytes as JSON text: what is no plain text is escaped, as I-JSON has no noncharacters."""
+    text = raw.decode(errors="backslashreplace")
+    return json.dumps(text if text.isprintable() else raw.decode("ascii", errors="backslashreplace"))
+
+
 @functools.lru_cache(maxsize=1024)
 def owner_text(packed):
-    """Returns PID, COMM and JSON members of struct owner. comm can be any bytes: all but plain text is escaped."""
-    pid, comm = struct.unpack("=I16s", packed)
+    """Returns PID, COMM, UNIT and JSON members of struct owner. Names can be any bytes: all but plain text is escaped.
+
+    UNIT is the name of a service, the start of a container's ID, or else the last part of the cgroup's path.
+    """
+    pid, comm, _, number = struct.unpack("=I16sIQ", packed)
+    path = cgroup_path(number) if number else None
     if not pid:
-        return "N/A", "N/A", '"pid":null,"comm":null'
-    comm = comm.partition(b"\0")[0]
-    text = comm.decode(errors="backslashreplace")
-    if not text.isprintable():          # I-JSON has no noncharacters
-        text = comm.decode("ascii", errors="backslashreplace")
-    comm_hex = "" if text.encode() == comm else ',"comm_hex":"%s"' % comm.hex()
-    return (pid, comm.decode("latin-1").encode("unicode_escape").decode("ascii"),
-            '"pid":%d,"comm":%s%s' % (pid, json.dumps(text), comm_hex))
+        return "N/A", "N/A", "N/A", '"pid":null,"comm":null,"cgroup":null'
+    comm, path = comm.partition(b"\0")[0], path and os.fsencode(path)
+    text = json_text(comm)
+    comm_hex = "" if json.loads(text).encode() == comm else ',"comm_hex":"%s"' % comm.hex()
+    container = re.findall(b"[0-9a-f]{64}", path or b"")
+    name = re.sub(rb"\.service$", b"", path.rpartition(b"/")[2]) or b"/" if path else b"N/A"
+    return (pid, escaped(comm), escaped(container[-1][:12] if container else name),
+            '"pid":%d,"comm":%s%s,"cgroup":%s' % (pid, text, comm_hex, json_text(path) if path else "null"))
 
 
 # ---- output ----

@@ -64,8 +64,8 @@ examples = """examples:
 """
 
 PROGRAM = "tcpaccept"
-KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "pid", "pid_namespace", "files_struct", "fdtable", "file", "socket",
-                "mptcp_sock", "inet_bind_bucket", "nsproxy"]
+KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "pid", "pid_namespace", "files_struct", "fdtable", "file",
+                "socket_alloc", "mptcp_sock", "inet_bind_bucket", "nsproxy"]
 RECENT = 1024                   # connections per CPU that are remembered as accepted
 RING_PAGES = (4 << 20) // mmap.PAGESIZE         # 4 MiB: a second of the fastest load measured
 # Names in the C text, where they are numbers in this order, and what is printed.
@@ -80,6 +80,7 @@ struct event {
     u64 ts;                     /* bpf_ktime_get_ns() */
     struct owner owner;
     struct endpoints ends;
+    u32 inode;
     u32 pad;
 };
 
@@ -91,6 +92,7 @@ static inline void accepted(struct sock *sk)
         return;
     set_owner(&e.owner);
     read_endpoints(&e.ends, sk);
+    e.inode = inode_of(sk);
     if (!IS_WANTED_OWNER(&e.owner) || !IS_WANTED_PEER(&e.ends) || !IS_WANTED_LPORT(e.ends.lport))
         return;
     if (events.ringbuf_output(&e, sizeof(e), BPF_RB_NO_WAKEUP))
@@ -172,7 +174,8 @@ int tracepoint_accept_first(struct syscall_exit *ctx) { return accept_returned(c
 int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(ctx, false); }
 """
 
-JSON = '{"ts":%.6f,%s,"ip":%d,"laddr":"%s","lport":%d,"raddr":"%s","rport":%d,"netns":%d}\n'
+UNIT = "%-12.12s "               # with --unit
+JSON = '{"ts":%.6f,%s,"ip":%d,"laddr":"%s","lport":%d,"raddr":"%s","rport":%d,"netns":%d,"inode":%s}\n'
 
 
 def pinned_map(text):
@@ -187,9 +190,14 @@ def parse_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)
     add = parser.add_argument
     add("-t", "--timestamp", action="store_true", help="include timestamp on output")
-    add("-p", "--pid", type=process, help="trace this PID only")
-    add("-T", "--time", action="store_true", help="include time column on output (HH:MM:SS)")
+    add("-p", "--pid", type=processes, help="trace this PID only (or comma-separated ones)")
+    add("-T", "--time", action="count", default=0,
+        help="include time column on output (HH:MM:SS; -TT: with date and milliseconds)")
     add("-P", "--port", dest="lport", metavar="PORT", type=ports, help="comma-separated list of local ports to trace.")
+    add("--laddr", dest="laddr", metavar="ADDRESS", type=networks,
+        help="comma-separated list of local addresses or networks; ! excludes")
+    add("--raddr", dest="raddr", metavar="ADDRESS", type=networks,
+        help="comma-separated list of remote addresses or networks; ! excludes")
     family = parser.add_mutually_exclusive_group()
     family.add_argument("-4", "--ipv4", action="store_true", help="trace IPv4 only")
     family.add_argument("-6", "--ipv6", action="store_true", help="trace IPv6 only")
@@ -197,10 +205,12 @@ def parse_args(argv=None):
     add("--cgroupmap", metavar="PATH", type=pinned_map, help="trace cgroups in this BPF map only")
     add("--mntnsmap", metavar="PATH", type=pinned_map, help="trace mount namespaces in this BPF map only")
     add("--json", action="store_true", help="print one JSON object per line, with exact times")
+    add("--unit", action="store_true", help="include the service or container of the process on output")
     add("--no-kprobe", action="store_true", help="trace accept() at the exit of the system call, kprobes or not")
     add_common(parser)
     args = parser.parse_args(argv)
-    args.row_format = ("%-8s " if args.time else "") + ("%-8s " if args.timestamp else "") + "%-6s %-12.12s %-2s %-16s "
+    args.row_format = time_format(args) + ("%-8s " if args.timestamp else "") + "%-6s %-12.12s "
+    args.row_format += UNIT * args.unit + "%-2s %-16s "
     args.row_format += ("%-5s " if args.show_rport else "") + "%-16s %s\n"
     return args
 
@@ -231,19 +241,19 @@ def attach(bcc, args):
 
 
 def header(args):
-    names = "PID", "COMM", "IP", "RADDR", *(("RPORT",) if args.show_rport else ()), "LADDR", "LPORT"
+    names = "PID", "COMM", *["UNIT"] * args.unit, "IP", "RADDR", *["RPORT"] * args.show_rport, "LADDR", "LPORT"
     return "" if args.json else args.row_format % (time_names(args) + names)
 
 
 def line(args, record, start, wall):
     """Returns one line. start: of the first accept, wall: offset of the kernel's clock from Unix time, both in ns."""
-    ts, owner, local, remote, lport, rport, netns, _ = record
-    pid, comm, json_owner = owner_text(owner)
+    ts, owner, local, remote, lport, rport, netns, inode, _ = record
+    pid, comm, unit, json_owner = owner_text(owner)
     laddr, raddr = address(local, netns), address(remote, netns)
     ip = 6 if ":" in raddr else 4
     if args.json:
-        return JSON % ((ts + wall) / 1e9, json_owner, ip, laddr, lport, raddr, rport, netns)
-    row = (pid, comm, ip, raddr, rport, laddr, lport) if args.show_rport else (pid, comm, ip, raddr, laddr, lport)
+        return JSON % ((ts + wall) / 1e9, json_owner, ip, laddr, lport, raddr, rport, netns, inode or "null")
+    row = pid, comm, *[unit] * args.unit, ip, raddr, *[rport] * args.show_rport, laddr, lport
     if args.time or args.timestamp:
         row = times(args, ts, start, wall) + row
     return args.row_format % row
@@ -352,7 +362,13 @@ static inline bool is_mine(void *ctx, u64 event, bool first)
 struct owner {
     u32 pid;                    /* 0: not known */
     char comm[TASK_COMM_LEN];
+    u32 wanted;                 /* whether the options want this process */
+    u64 cgroup;                 /* ID of its cgroup v2; 0: not asked for */
 };
+
+#if CGROUP_FILTER
+BPF_CGROUP_ARRAY(wanted_cgroup, 1);
+#endif
 
 /* Not in a loop: Linux 6.1 cannot verify that, and LLVM cannot unroll it. */
 #define LOOK_AT(depth)                                                      \
@@ -390,6 +406,13 @@ static inline void set_owner(struct owner *o)
         bpf_probe_read_kernel(&o->comm, sizeof(o->comm), &READ(task, group_leader)->comm);
     else
         bpf_get_current_comm(&o->comm, sizeof(o->comm));
+    o->wanted = o->pid && IS_WANTED_PROCESS(o);
+    if (CGROUP_IDS)
+        o->cgroup = bpf_get_current_cgroup_id();
+#if CGROUP_FILTER
+    if (wanted_cgroup.check_current_task(0) != 1)
+        o->wanted = 0;
+#endif
 }
 
 /* ---- endpoints ---- */
@@ -425,6 +448,14 @@ static inline void read_endpoints(struct endpoints *e, struct sock *sk)
     /* skc_num is 0 once the socket has left the port's hash table, which is before CLOSE. inet_sport stays. */
     e->lport = ntohs(READ((struct inet_sock *)sk, inet_sport));
     e->rport = ntohs(c.skc_dport);
+}
+
+/* The inode that user space sees of this socket; 0 before accept() and after close(). */
+static inline u32 inode_of(struct sock *sk)
+{
+    struct socket *socket = READ(sk, sk_socket);
+
+    return socket ? READ((struct socket_alloc *)socket, vfs_inode.i_ino) : 0;
 }
 
 /* ---- roles ---- */
@@ -490,6 +521,18 @@ def ports(text):
     return [number(1, 65535)(port) for port in text.split(",")]
 
 
+def names(text):
+    """Returns names of processes, as bytes. Longer ones do not exist."""
+    found = [os.fsencode(name) for name in text.split(",")]
+    if not all(0 < len(name) < 16 for name in found):
+        raise argparse.ArgumentTypeError("not a list of names of 1 to 15 bytes: %r" % text)
+    return found
+
+
+def uids(text):
+    return [number(0, 0xffffffff)(uid) for uid in text.split(",")]
+
+
 def process(text):
     """Returns a process ID. The process need not exist yet, but a thread is refused."""
     pid = number(1, 1 << 22)(text)
@@ -498,6 +541,10 @@ def process(text):
         if leader != pid:
             raise argparse.ArgumentTypeError("%d is a thread of process %d" % (pid, leader))
     return pid
+
+
+def processes(text):
+    return [process(pid) for pid in text.split(",")]
 
 
 def netns(text):
@@ -527,14 +574,34 @@ def netns_path(inode):
     return ""
 
 
-def add_common(parser, *netns_names):
-    """Adds what all tools have. netns_names: further names of --netns."""
+def add_common(parser, *letters):
+    """Adds what all tools have. letters: -u and -N, where they are other names of --uid and --netns."""
     add = parser.add_argument
-    add(*netns_names, "--netns", type=netns, help="trace this network namespace only: inode number, path or name")
+    add("--name", metavar="NAME", type=names, help="trace processes of this name only (or of comma-separated names)")
+    add(*{"-u"} & {*letters}, "--uid", type=uids, help="trace this UID only (or comma-separated ones)")
+    add("--cgroup", metavar="PATH", type=cgroup, help="trace this cgroup v2, and those below it, only")
+    add(*{"-N"} & {*letters}, "--netns", type=netns,
+        help="trace this network namespace only: inode number, path or name")
     add("--duration", metavar="SECONDS", type=number(0.001, 1e9, float), help="exit after this many seconds")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     add("--version", action="version", version="%(prog)s 1.0")
     parser.print_help = lambda: write(parser.format_help())     # argparse's own would fail only at exit
+
+
+# ---- cgroups ----
+@functools.lru_cache(maxsize=None)
+def cgroup_mount():
+    """Returns where cgroup v2 is mounted; "" if it is not."""
+    with open("/proc/self/mountinfo") as mounts:
+        return (re.findall(r"(?m)^\S+ \S+ \S+ \S+ (\S+) .* - cgroup2 ", mounts.read()) or [""])[0]
+
+
+def cgroup(text):
+    """Returns the path of a cgroup v2 as /proc/PID/cgroup shows it, given so or as a directory."""
+    path = os.path.normpath("/" + text.removeprefix(cgroup_mount()).lstrip("/"))
+    if not os.path.exists(cgroup_mount() + path + "/cgroup.procs") or not cgroup_mount():
+        raise argparse.ArgumentTypeError("not a cgroup v2: %r" % text)
+    return path
 
 
 # ---- filters ----
@@ -543,15 +610,60 @@ def any_of(condition, values):
     return " || ".join([condition % value for value in values or []]) or "true"
 
 
-def filters(args, *peer):
-    """Returns the options that filter as macros: C expressions that are true for what is wanted. peer: more of them."""
+def filters(args):
+    """Returns the options that filter as macros: C expressions that are true for what is wanted."""
     option = vars(args).get
-    peer += (any_of("(e)->netns == %d", args.netns and [args.netns]), any_of("(e)->rport == %d", option("rport")),
-             "IS_IPV4((e)->raddr)" if option("ipv4") else "!IS_IPV4((e)->raddr)" if option("ipv6") else "true")
-    return {"IS_WANTED_OWNER(o)": any_of("(o)->pid == %d", args.pid and [args.pid]),
+    name = "(%s)" % " && ".join(["((u32 *)(o)->comm)[%d] == %%du" % n for n in range(4)])
+    owner = [any_of("(o)->pid == %d", args.pid), any_of("(u32)bpf_get_current_uid_gid() == %du", args.uid),
+             any_of(name, [struct.unpack("=4I", comm.ljust(16, b"\0")) for comm in args.name or []])]
+    peer = [address_condition("(e)->laddr", option("laddr")), address_condition("(e)->raddr", option("raddr")),
+            any_of("(e)->netns == %d", args.netns and [args.netns]), any_of("(e)->rport == %d", option("rport")),
+            "IS_IPV4((e)->raddr)" if option("ipv4") else "!IS_IPV4((e)->raddr)" if option("ipv6") else "true"]
+    return {"IS_WANTED_PROCESS(o)": " && ".join(["(%s)" % condition for condition in owner]),
+            "IS_WANTED_OWNER(o)": "(o)->wanted" if set(owner) != {"true"} or args.cgroup else "true",
+            "CGROUP_FILTER": int(args.cgroup is not None), "CGROUP_IDS": int(args.json or option("unit") is True),
             "IS_WANTED_PEER(e)": " && ".join(["(%s)" % condition for condition in peer]),
             "IS_WANTED_LPORT(port)": any_of("(port) == %d", option("lport")),
             "FILTERS": int(set(peer) != {"true"} or bool(option("lport")))}
+
+
+# ---- addresses ----
+def networks(text):
+    """Returns a list of addresses and prefixes: (ip_network of IPv6, number of an interface or 0, "!" excludes it)."""
+    import ipaddress
+    found = []
+    try:
+        if not text.isascii():                  # ip_network() would take the digits of any script
+            raise ValueError
+        for part in text.split(","):
+            name, percent, interface = part.removeprefix("!").partition("%")
+            network, scope = ipaddress.ip_network(name, strict=False), 0
+            if percent:
+                scope = number(1, 0x7fffffff)(interface) if interface.isdecimal() else socket.if_nametoindex(interface)
+            if scope and (network.version == 4 or not network.is_link_local):
+                raise ValueError
+            if network.version == 4:
+                network = ipaddress.ip_network("::ffff:%s/%d" % (network.network_address, 96 + network.prefixlen))
+            found.append((network, scope, part.startswith("!")))
+    except (ValueError, OSError):
+        raise argparse.ArgumentTypeError("not a list of addresses or networks: %r" % text)
+    return found
+
+
+def address_condition(address, networks):
+    """Returns a C expression that is true for a struct address that networks() wants, or for all if there are none."""
+    conditions = {True: [], False: []}
+    for network, scope, is_excluded in networks or []:
+        words = zip(struct.unpack("=4I", network.network_address.packed), struct.unpack("=4I", network.netmask.packed))
+        parts = ["(%s.word[%d] & %du) == %du" % (address, n, mask, value)
+                 for n, (value, mask) in enumerate(words) if mask]
+        if network.prefixlen < 96:              # IPv6, but not IPv4 in the form of IPv6
+            parts.append("!IS_IPV4(%s)" % address)
+        if scope:
+            parts.append("%s.scope == %d" % (address, scope))
+        conditions[is_excluded].append("(%s)" % " && ".join(parts))
+    wanted, excluded = " || ".join(conditions[False]), " || ".join(conditions[True])
+    return "%s && !(%s)" % ("(%s)" % wanted if wanted else "true", excluded) if excluded else wanted or "true"
 
 
 # ---- compiling ----
@@ -593,6 +705,8 @@ def load(args):
             % (error, sys.executable))
     except Exception as error:
         die("cannot trace: %s" % error)
+    if args.cgroup:
+        bpf["wanted_cgroup"][0] = cgroup_mount() + args.cgroup
     counters = bpf["lost"]
     counters[len(LOSSES) + 1] = counters.Leaf(1)        # STARTED
     report(bpf)                 # what was skipped before does not count
@@ -612,7 +726,7 @@ def attach_accept(bpf, args):
 
 
 # ---- ring buffer ----
-FORMATS = {"u8": "B", "u16": "H", "u32": "I", "s32": "i", "u64": "Q", "s64": "q", "struct owner": "20s",
+FORMATS = {"u8": "B", "u16": "H", "u32": "I", "s32": "i", "u64": "Q", "s64": "q", "struct owner": "32s",
            "struct address": "20s"}
 
 
@@ -701,19 +815,47 @@ def address(packed, netns):
     return "%s%%%d" % (text, scope)
 
 
+@functools.lru_cache(maxsize=4096)
+def cgroup_path(number):
+    """Returns the path of the cgroup v2 with this ID; None if it has gone, or is not below the mount."""
+    handle = struct.pack("=IiQ", 8, 0xfe, number)               # struct file_handle with FILEID_KERNFS
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        mount = os.open(cgroup_mount(), os.O_RDONLY)
+        stack.callback(os.close, mount)
+        file = ctypes.CDLL(None).open_by_handle_at(mount, handle, os.O_PATH)
+        stack.callback(os.close, file)
+        path = os.readlink("/proc/self/fd/%d" % file)
+        return path[len(cgroup_mount()):] or "/" if path.startswith(cgroup_mount()) else None
+
+
+def escaped(raw):
+    """Returns bytes as text that no terminal takes for anything else."""
+    return raw.decode("latin-1").encode("unicode_escape").decode("ascii")
+
+
+def json_text(raw):
+    """Returns bytes as JSON text: what is no plain text is escaped, as I-JSON has no noncharacters."""
+    text = raw.decode(errors="backslashreplace")
+    return json.dumps(text if text.isprintable() else raw.decode("ascii", errors="backslashreplace"))
+
+
 @functools.lru_cache(maxsize=1024)
 def owner_text(packed):
-    """Returns PID, COMM and JSON members of struct owner. comm can be any bytes: all but plain text is escaped."""
-    pid, comm = struct.unpack("=I16s", packed)
+    """Returns PID, COMM, UNIT and JSON members of struct owner. Names can be any bytes: all but plain text is escaped.
+
+    UNIT is the name of a service, the start of a container's ID, or else the last part of the cgroup's path.
+    """
+    pid, comm, _, number = struct.unpack("=I16sIQ", packed)
+    path = cgroup_path(number) if number else None
     if not pid:
-        return "N/A", "N/A", '"pid":null,"comm":null'
-    comm = comm.partition(b"\0")[0]
-    text = comm.decode(errors="backslashreplace")
-    if not text.isprintable():          # I-JSON has no noncharacters
-        text = comm.decode("ascii", errors="backslashreplace")
-    comm_hex = "" if text.encode() == comm else ',"comm_hex":"%s"' % comm.hex()
-    return (pid, comm.decode("latin-1").encode("unicode_escape").decode("ascii"),
-            '"pid":%d,"comm":%s%s' % (pid, json.dumps(text), comm_hex))
+        return "N/A", "N/A", "N/A", '"pid":null,"comm":null,"cgroup":null'
+    comm, path = comm.partition(b"\0")[0], path and os.fsencode(path)
+    text = json_text(comm)
+    comm_hex = "" if json.loads(text).encode() == comm else ',"comm_hex":"%s"' % comm.hex()
+    container = re.findall(b"[0-9a-f]{64}", path or b"")
+    name = re.sub(rb"\.service$", b"", path.rpartition(b"/")[2]) or b"/" if path else b"N/A"
+    return (pid, escaped(comm), escaped(container[-1][:12] if container else name),
+            '"pid":%d,"comm":%s%s,"cgroup":%s' % (pid, text, comm_hex, json_text(path) if path else "null"))
 
 
 # ---- times ----
@@ -721,9 +863,18 @@ def time_names(args):
     return (("TIME",) if args.time else ()) + (("TIME(s)",) if args.timestamp else ())
 
 
+def time_format(args):
+    """Returns the format of the column of -T."""
+    return ("", "%-8s ", "%-23s ")[min(args.time, 2)]
+
+
 def times(args, ts, start, wall):
     """Returns the columns of -T and -t. ts, start: ns of the kernel's clock; wall: its offset from Unix time."""
-    columns = (time.strftime("%H:%M:%S", time.localtime((ts + wall) // 10 ** 9)),) if args.time else ()
+    columns = ()
+    if args.time:
+        ms = (ts + wall) // 10 ** 6
+        text = time.strftime("%H:%M:%S" if args.time == 1 else "%Y-%m-%d %H:%M:%S", time.localtime(ms // 1000))
+        columns = (text if args.time == 1 else "%s.%03d" % (text, ms % 1000),)
     return (*columns, "%.3f" % (max(0, ts - start) / 1e9)) if args.timestamp else columns
 
 

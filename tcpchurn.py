@@ -51,7 +51,7 @@ except ImportError:
 # ---- tcpchurn ----
 import bisect
 import ctypes
-import ipaddress
+import functools
 import math
 import socket
 
@@ -79,8 +79,8 @@ INTERVAL = 0.1                  # seconds between checks of the process
 LOSSES = {"LOST_SOCKET": "closes lost: the map of live connections was full",
           "SKIPPED": "state changes or accepts lost: the kernel did not run the probe"}
 COUNTS = "ACCEPTED", "CONNECTED", "CLOSED", "EXISTED"
-PRIVATE = ["0.0.0.0/8", "10.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16",
-           "::/127", "fc00::/7", "fe80::/10"]
+NOT_PRIVATE = ("!0.0.0.0/8,!10.0.0.0/8,!127.0.0.0/8,!169.254.0.0/16,!172.16.0.0/12,!192.168.0.0/16,"
+               "!::/127,!fc00::/7,!fe80::/10")
 
 bpf_text = r"""
 #include <linux/sched/signal.h>
@@ -175,10 +175,12 @@ static inline void state_change(void *ctx, struct sock *sk, int oldstate, int ne
         opened(sk, CONNECTED);
 }
 
-/* A connected socket, at the start. The holders are this process alone. */
+/* A connected socket, at the start. */
 static inline void found(struct sock *sk, u8 state, u16 what)
 {
-    if (holder_of(sk) && is_open(state))
+    struct owner *holder = holder_of(sk);
+
+    if (holder && IS_WANTED_OWNER(holder) && is_open(state))
         opened(sk, EXISTED);
 }
 
@@ -216,7 +218,10 @@ def parse_args(argv=None):
     output.add_argument("--json", action="store_true", help="print one JSON object per update")
     output.add_argument("--prometheus", metavar="FILE",
         help="write the counts since the start to FILE, for node-exporter's textfile collector, and print nothing")
-    add("-p", "--ignore-private", action="store_true", help="leave out connections with private addresses")
+    add("--raddr", metavar="ADDRESS", type=networks,
+        help="comma-separated list of remote addresses or networks; ! excludes")
+    add("-p", "--ignore-private", action="store_const", dest="raddr", const=networks(NOT_PRIVATE),
+        help="leave out connections with private addresses")
     add("-w", "--windows", metavar="SECONDS", nargs="+", action="extend",
         help="time windows, in seconds (default: %s)" % ",".join("%g" % window for window in WINDOWS))
     add("-i", "--interval", metavar="SECONDS", type=seconds, default=1.0, help="time between two updates (default: 1)")
@@ -228,14 +233,15 @@ def parse_args(argv=None):
     parser.color = False        # else the usage has escape sequences in it, since Python 3.14
     parser.usage = parser.format_usage()[len("usage: "):].replace("[PID]", "PID")      # optional for the parser only
     args = parser.parse_args(argv)
-    if args.pid is None and args.windows and len(args.windows) > 1:
+    others = args.name or args.uid or args.cgroup
+    if args.pid is None and not others and args.windows and len(args.windows) > 1:
         args.pid = args.windows.pop()           # -w 1 5 10 PID
-    if args.pid is None:
+    if args.pid is None and not others:
         parser.error("the following arguments are required: PID")
     if args.prometheus is not None and not args.prometheus.endswith(".prom"):
         parser.error("the textfile collector reads no file whose name does not end in .prom: %r" % args.prometheus)
     try:
-        args.pid = process(args.pid)
+        args.pid = args.pid and [process(args.pid)]
         windows = [seconds(part) for text in args.windows or [] for part in text.split(",")]
     except argparse.ArgumentTypeError as error:
         parser.error(str(error))
@@ -257,9 +263,8 @@ def buckets(args):
 
 def cflags(args):
     """Returns the arguments as macros for the C text. Only numbers get into it."""
-    private = address_condition("(e)->raddr", [(ipaddress.ip_network(network), 0) for network in PRIVATE])
     return flags({
-        **filters(args, "!(%s)" % private if args.ignore_private else "true"),
+        **filters(args),
         "MAX_SOCKETS": MAX_SOCKETS, "MAX_HOLDERS": MAX_SOCKETS,
         "BUCKETS": buckets(args), "BUCKET_NS": "%dull" % bucket_ns(args),
     }, LOSSES, COUNTS)
@@ -274,7 +279,8 @@ def attach(bcc, args):
     bpf = bcc.BPF(text=program(args), cflags=cflags(args))
     attach_state_changes(bpf)
     bpf.attach_raw_tracepoint(tp="tcp_destroy_sock", fn_name="tracepoint_destroy")
-    bpf.attach_raw_tracepoint(tp="sched_process_exit", fn_name="exited")
+    if args.pid:
+        bpf.attach_raw_tracepoint(tp="sched_process_exit", fn_name="exited")
     attach_accept(bpf, args)
     return bpf
 
@@ -339,8 +345,10 @@ def render(args, windows, totals, knows_existing=True):
     all_accepted, all_connected, all_closed, _ = totals
     opened, all_opened = [a + c for a, c in zip(accepted, connected)], all_accepted + all_connected
     if args.json:
+        cgroup = os.fsencode(cgroup_of(args.pid[0])[0] or "").decode(errors="backslashreplace") if args.pid else ""
         return json.dumps({
-            "ts": time.time(), "pid": args.pid, "windows": args.windows, "opened": opened, "accepted": accepted,
+            "ts": time.time(), "pid": args.pid and args.pid[0], "cgroup": cgroup or None,
+            "windows": args.windows, "opened": opened, "accepted": accepted,
             "connected": connected, "closed": closed, "open": open_of(totals) if knows_existing else None,
             "all": {"opened": all_opened, "accepted": all_accepted, "connected": all_connected, "closed": all_closed},
         }, separators=(",", ":")) + "\n"
@@ -359,10 +367,10 @@ def render(args, windows, totals, knows_existing=True):
 def labels_of(pid):
     """Returns PID and COMM as labels for Prometheus, COMM escaped as in the text of the other tools."""
     comm = b"\n"
-    with contextlib.suppress(OSError), open("/proc/%d/comm" % pid, "rb") as file:
+    with contextlib.suppress(OSError), open("/proc/%s/comm" % pid, "rb") as file:
         comm = file.read()
     text = comm[:-1].decode("latin-1").encode("unicode_escape").decode("ascii")
-    return 'pid="%d",comm="%s"' % (pid, text.replace("\\", r"\\").replace('"', r'\"'))
+    return 'pid="%s",comm="%s"' % (pid or "", text.replace("\\", r"\\").replace('"', r'\"'))
 
 
 def publish(path, labels, start, totals, lost, knows_existing=True):
@@ -385,20 +393,21 @@ def publish(path, labels, start, totals, lost, knows_existing=True):
 
 def trace(args):
     """Prints updates until a signal comes, the time is up, or the process or the reader of the output has gone."""
-    birth = birth_of(args.pid)
-    if birth is None:
-        die("no such process: %d" % args.pid)
+    pid, = args.pid or [None]
+    birth = pid and birth_of(pid)
+    if pid and birth is None:
+        die("no such process: %d" % pid)
     bpf = load(args)
-    knows_existing = learn_existing(bpf, args.pid)
+    knows_existing = learn_existing(bpf, args, *args.pid or ())
     windows = Windows(args, bpf)
-    labels = labels_of(args.pid)
+    labels = labels_of(pid)
     start = time.time()
     due = time.monotonic() + (0 if args.prometheus else args.interval)
     stop = gone = False
     try:
         while not stop:
             time.sleep(max(0, min(INTERVAL, due - time.monotonic())))
-            gone = birth_of(args.pid) != birth
+            gone = pid and birth_of(pid) != birth
             stop = gone or is_to_stop()
             if stop or time.monotonic() >= due:
                 due = max(due + args.interval, time.monotonic())
@@ -412,7 +421,7 @@ def trace(args):
             with contextlib.suppress(OSError):
                 os.unlink(args.prometheus)
     if gone:
-        say("process %d has ended" % args.pid)
+        say("process %d has ended" % pid)
     report(bpf, in_all=True)
 
 
@@ -500,7 +509,13 @@ static inline bool is_mine(void *ctx, u64 event, bool first)
 struct owner {
     u32 pid;                    /* 0: not known */
     char comm[TASK_COMM_LEN];
+    u32 wanted;                 /* whether the options want this process */
+    u64 cgroup;                 /* ID of its cgroup v2; 0: not asked for */
 };
+
+#if CGROUP_FILTER
+BPF_CGROUP_ARRAY(wanted_cgroup, 1);
+#endif
 
 /* Not in a loop: Linux 6.1 cannot verify that, and LLVM cannot unroll it. */
 #define LOOK_AT(depth)                                                      \
@@ -538,6 +553,13 @@ static inline void set_owner(struct owner *o)
         bpf_probe_read_kernel(&o->comm, sizeof(o->comm), &READ(task, group_leader)->comm);
     else
         bpf_get_current_comm(&o->comm, sizeof(o->comm));
+    o->wanted = o->pid && IS_WANTED_PROCESS(o);
+    if (CGROUP_IDS)
+        o->cgroup = bpf_get_current_cgroup_id();
+#if CGROUP_FILTER
+    if (wanted_cgroup.check_current_task(0) != 1)
+        o->wanted = 0;
+#endif
 }
 
 /* ---- endpoints ---- */
@@ -575,14 +597,20 @@ static inline void read_endpoints(struct endpoints *e, struct sock *sk)
     e->rport = ntohs(c.skc_dport);
 }
 
-/* ---- holders ---- */
-BPF_HASH(holders, u64, struct owner, MAX_HOLDERS);      /* of sockets from before the start, by the file's inode */
-
-/* NULL also before accept() and after close(). */
-static inline struct owner *holder_of(struct sock *sk)
+/* The inode that user space sees of this socket; 0 before accept() and after close(). */
+static inline u32 inode_of(struct sock *sk)
 {
     struct socket *socket = READ(sk, sk_socket);
-    u64 inode = socket ? READ((struct socket_alloc *)socket, vfs_inode.i_ino) : 0;
+
+    return socket ? READ((struct socket_alloc *)socket, vfs_inode.i_ino) : 0;
+}
+
+/* ---- holders ---- */
+BPF_HASH(holders, u32, struct owner, MAX_HOLDERS);      /* of sockets from before the start, by the file's inode */
+
+static inline struct owner *holder_of(struct sock *sk)
+{
+    u32 inode = inode_of(sk);
 
     return holders.lookup(&inode);
 }
@@ -722,6 +750,18 @@ def ports(text):
     return [number(1, 65535)(port) for port in text.split(",")]
 
 
+def names(text):
+    """Returns names of processes, as bytes. Longer ones do not exist."""
+    found = [os.fsencode(name) for name in text.split(",")]
+    if not all(0 < len(name) < 16 for name in found):
+        raise argparse.ArgumentTypeError("not a list of names of 1 to 15 bytes: %r" % text)
+    return found
+
+
+def uids(text):
+    return [number(0, 0xffffffff)(uid) for uid in text.split(",")]
+
+
 def process(text):
     """Returns a process ID. The process need not exist yet, but a thread is refused."""
     pid = number(1, 1 << 22)(text)
@@ -730,6 +770,10 @@ def process(text):
         if leader != pid:
             raise argparse.ArgumentTypeError("%d is a thread of process %d" % (pid, leader))
     return pid
+
+
+def processes(text):
+    return [process(pid) for pid in text.split(",")]
 
 
 def netns(text):
@@ -759,14 +803,34 @@ def netns_path(inode):
     return ""
 
 
-def add_common(parser, *netns_names):
-    """Adds what all tools have. netns_names: further names of --netns."""
+def add_common(parser, *letters):
+    """Adds what all tools have. letters: -u and -N, where they are other names of --uid and --netns."""
     add = parser.add_argument
-    add(*netns_names, "--netns", type=netns, help="trace this network namespace only: inode number, path or name")
+    add("--name", metavar="NAME", type=names, help="trace processes of this name only (or of comma-separated names)")
+    add(*{"-u"} & {*letters}, "--uid", type=uids, help="trace this UID only (or comma-separated ones)")
+    add("--cgroup", metavar="PATH", type=cgroup, help="trace this cgroup v2, and those below it, only")
+    add(*{"-N"} & {*letters}, "--netns", type=netns,
+        help="trace this network namespace only: inode number, path or name")
     add("--duration", metavar="SECONDS", type=number(0.001, 1e9, float), help="exit after this many seconds")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     add("--version", action="version", version="%(prog)s 1.0")
     parser.print_help = lambda: write(parser.format_help())     # argparse's own would fail only at exit
+
+
+# ---- cgroups ----
+@functools.lru_cache(maxsize=None)
+def cgroup_mount():
+    """Returns where cgroup v2 is mounted; "" if it is not."""
+    with open("/proc/self/mountinfo") as mounts:
+        return (re.findall(r"(?m)^\S+ \S+ \S+ \S+ (\S+) .* - cgroup2 ", mounts.read()) or [""])[0]
+
+
+def cgroup(text):
+    """Returns the path of a cgroup v2 as /proc/PID/cgroup shows it, given so or as a directory."""
+    path = os.path.normpath("/" + text.removeprefix(cgroup_mount()).lstrip("/"))
+    if not os.path.exists(cgroup_mount() + path + "/cgroup.procs") or not cgroup_mount():
+        raise argparse.ArgumentTypeError("not a cgroup v2: %r" % text)
+    return path
 
 
 # ---- filters ----
@@ -775,27 +839,50 @@ def any_of(condition, values):
     return " || ".join([condition % value for value in values or []]) or "true"
 
 
-def filters(args, *peer):
-    """Returns the options that filter as macros: C expressions that are true for what is wanted. peer: more of them."""
+def filters(args):
+    """Returns the options that filter as macros: C expressions that are true for what is wanted."""
     option = vars(args).get
-    peer += (any_of("(e)->netns == %d", args.netns and [args.netns]), any_of("(e)->rport == %d", option("rport")),
-             "IS_IPV4((e)->raddr)" if option("ipv4") else "!IS_IPV4((e)->raddr)" if option("ipv6") else "true")
-    return {"IS_WANTED_OWNER(o)": any_of("(o)->pid == %d", args.pid and [args.pid]),
+    name = "(%s)" % " && ".join(["((u32 *)(o)->comm)[%d] == %%du" % n for n in range(4)])
+    owner = [any_of("(o)->pid == %d", args.pid), any_of("(u32)bpf_get_current_uid_gid() == %du", args.uid),
+             any_of(name, [struct.unpack("=4I", comm.ljust(16, b"\0")) for comm in args.name or []])]
+    peer = [address_condition("(e)->laddr", option("laddr")), address_condition("(e)->raddr", option("raddr")),
+            any_of("(e)->netns == %d", args.netns and [args.netns]), any_of("(e)->rport == %d", option("rport")),
+            "IS_IPV4((e)->raddr)" if option("ipv4") else "!IS_IPV4((e)->raddr)" if option("ipv6") else "true"]
+    return {"IS_WANTED_PROCESS(o)": " && ".join(["(%s)" % condition for condition in owner]),
+            "IS_WANTED_OWNER(o)": "(o)->wanted" if set(owner) != {"true"} or args.cgroup else "true",
+            "CGROUP_FILTER": int(args.cgroup is not None), "CGROUP_IDS": int(args.json or option("unit") is True),
             "IS_WANTED_PEER(e)": " && ".join(["(%s)" % condition for condition in peer]),
             "IS_WANTED_LPORT(port)": any_of("(port) == %d", option("lport")),
             "FILTERS": int(set(peer) != {"true"} or bool(option("lport")))}
 
 
 # ---- addresses ----
-def address_condition(address, networks):
-    """Returns a C expression that is true for a struct address in one of these networks, or for all if there are none.
+def networks(text):
+    """Returns a list of addresses and prefixes: (ip_network of IPv6, number of an interface or 0, "!" excludes it)."""
+    import ipaddress
+    found = []
+    try:
+        if not text.isascii():                  # ip_network() would take the digits of any script
+            raise ValueError
+        for part in text.split(","):
+            name, percent, interface = part.removeprefix("!").partition("%")
+            network, scope = ipaddress.ip_network(name, strict=False), 0
+            if percent:
+                scope = number(1, 0x7fffffff)(interface) if interface.isdecimal() else socket.if_nametoindex(interface)
+            if scope and (network.version == 4 or not network.is_link_local):
+                raise ValueError
+            if network.version == 4:
+                network = ipaddress.ip_network("::ffff:%s/%d" % (network.network_address, 96 + network.prefixlen))
+            found.append((network, scope, part.startswith("!")))
+    except (ValueError, OSError):
+        raise argparse.ArgumentTypeError("not a list of addresses or networks: %r" % text)
+    return found
 
-    networks: pairs of an ip_network and the number of an interface, 0 for any.
-    """
-    conditions = []
-    for network, scope in networks or []:
-        if network.version == 4:
-            network = ipaddress.ip_network("::ffff:%s/%d" % (network.network_address, 96 + network.prefixlen))
+
+def address_condition(address, networks):
+    """Returns a C expression that is true for a struct address that networks() wants, or for all if there are none."""
+    conditions = {True: [], False: []}
+    for network, scope, is_excluded in networks or []:
         words = zip(struct.unpack("=4I", network.network_address.packed), struct.unpack("=4I", network.netmask.packed))
         parts = ["(%s.word[%d] & %du) == %du" % (address, n, mask, value)
                  for n, (value, mask) in enumerate(words) if mask]
@@ -803,11 +890,29 @@ def address_condition(address, networks):
             parts.append("!IS_IPV4(%s)" % address)
         if scope:
             parts.append("%s.scope == %d" % (address, scope))
-        conditions.append("(%s)" % " && ".join(parts))
-    return " || ".join(conditions) or "true"
+        conditions[is_excluded].append("(%s)" % " && ".join(parts))
+    wanted, excluded = " || ".join(conditions[False]), " || ".join(conditions[True])
+    return "%s && !(%s)" % ("(%s)" % wanted if wanted else "true", excluded) if excluded else wanted or "true"
 
 
 # ---- existing sockets ----
+def cgroup_of(pid):
+    """Returns the path of the process's cgroup v2 and its ID; None and 0 if it has none."""
+    with contextlib.suppress(OSError, TypeError), open("/proc/%s/cgroup" % pid, errors="surrogateescape") as file:
+        path = re.search("(?m)^0::(.*)$", file.read())[1]
+        return path, os.stat(cgroup_mount() + path).st_ino
+    return None, 0
+
+
+def is_wanted(args, pid, comm, path):
+    """Returns whether the options want this process, by what /proc shows. Raises OSError if it has ended."""
+    with open("/proc/%s/status" % pid, "rb") as status:
+        uid = int(status.read().split(b"\nUid:")[1].split()[0])
+    is_within = not args.cgroup or os.path.commonpath([path or "/", args.cgroup]) == args.cgroup
+    return bool(is_within and (not args.pid or int(pid) in args.pid) and (not args.name or comm in args.name) and
+                (not args.uid or uid in args.uid))
+
+
 def socket_inodes(pid):
     """Returns the inode numbers of the sockets that the process holds, of any kind. Raises OSError."""
     inodes = set()
@@ -822,7 +927,7 @@ def socket_inodes(pid):
     return inodes
 
 
-def learn_existing(bpf, *pids):
+def learn_existing(bpf, args, *pids):
     """Tells the kernel side which process holds which socket, of several the first one, and walks. pids: only these.
 
     Returns whether all owners are known; None if the kernel refuses.
@@ -831,7 +936,9 @@ def learn_existing(bpf, *pids):
     for pid in pids or filter(str.isdigit, os.listdir("/proc")):
         try:
             with open("/proc/%s/comm" % pid, "rb") as file:
-                owner = table.Leaf(int(pid), file.read()[:-1][:15])
+                comm = file.read()[:-1][:15]
+            path, cgroup_id = cgroup_of(pid)
+            owner = table.Leaf(int(pid), comm, is_wanted(args, pid, comm, path), cgroup_id)
             for inode in socket_inodes(pid):
                 holders.setdefault(inode, owner)
         except OSError as error:                # else it has ended
@@ -858,7 +965,7 @@ def walk(bpf, what=0, read=bytes):
         context = (ctypes.c_uint64 * 12)(*values)
         options = ctypes.create_string_buffer(struct.pack("=Q24xQ8xI28x", 80, ctypes.addressof(context), 96))
         program = bpf.load_func(name, bcc.BPF.RAW_TRACEPOINT)
-        if bcc.lib["bpf_prog_test_run_opts"](program.fd, options):      # by name: without the types that bcc may give it
+        if bcc.lib["bpf_prog_test_run_opts"](program.fd, options):      # without the types that bcc may give it
             raise OSError(os.strerror(ctypes.get_errno()))
         return struct.unpack_from("=I", options, 56)[0]
     results, calls, missed = [], 0, 0
@@ -925,6 +1032,8 @@ def load(args):
             % (error, sys.executable))
     except Exception as error:
         die("cannot trace: %s" % error)
+    if args.cgroup:
+        bpf["wanted_cgroup"][0] = cgroup_mount() + args.cgroup
     counters = bpf["lost"]
     counters[len(LOSSES) + 1] = counters.Leaf(1)        # STARTED
     report(bpf)                 # what was skipped before does not count

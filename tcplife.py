@@ -107,6 +107,7 @@ struct session {
     u8 role;                    /* ROLES */
     u8 syn;                     /* 1: the kernel counts a SYN as a byte sent */
     u16 listed;                 /* number of the list of open sessions that it was in last */
+    u32 inode;                  /* when the owner was taken */
     u64 tx_seen, rx_seen;       /* of EXISTED, counted by then; in an event, bytes since then */
 };
 
@@ -118,6 +119,11 @@ struct event {
     u32 srtt;                   /* eighths of a microsecond */
     u32 retrans;                /* segments */
     u32 end, err;               /* ENDS, or if there was an error its number */
+    u32 ooo;                    /* segments received out of order */
+    u32 min_rtt;                /* microseconds */
+    u32 cwnd, lost;             /* segments */
+    u32 mss;                    /* bytes */
+    u32 pad;
 };
 
 BPF_HASH(sessions, struct sock *, struct session, MAX_SOCKETS);
@@ -141,6 +147,7 @@ static inline void recall(struct sock *sk, struct session *s)
     s->syn = s->role == CONNECT && READ((struct tcp_sock *)sk, segs_out);
     s->tx_seen = READ((struct tcp_sock *)sk, bytes_acked);
     s->rx_seen = READ((struct tcp_sock *)sk, bytes_received);
+    s->inode = inode_of(sk);
     if (holder)
         s->owner = *holder;
 }
@@ -158,8 +165,10 @@ static inline void birth(struct sock *sk, u8 role)
         if (!IS_WANTED_PEER(&ends) || (role != CONNECT && !IS_WANTED_LPORT(ends.lport)))
             return;
     }
-    if (role == CONNECT)
+    if (role == CONNECT) {
         set_owner(&s.owner);
+        s.inode = inode_of(sk);
+    }
     if (role == EXISTED)
         recall(sk, &s);
     err = sessions.insert(&sk, &s);
@@ -189,8 +198,10 @@ static inline struct session *own(struct sock *sk)
         return s;
     set_owner(&o);
     s = sessions.lookup(&sk);   /* again: a softirq may have ended it and given its memory to another one */
-    if (s)
+    if (s) {
         s->owner = o;
+        s->inode = inode_of(sk);
+    }
     return s;
 }
 
@@ -229,6 +240,8 @@ static inline void tell(struct sock *sk, int state, u16 list)
         s->listed = list;
     else
         sessions.delete(&sk);
+    if (e.died - e.session.born < MIN_NS)
+        return;
     flags = READ(sk, __sk_common.skc_flags);
     is_orphan = flags >> SOCK_DEAD & 1;
     fin_came = flags >> SOCK_DONE & 1;
@@ -252,6 +265,13 @@ static inline void tell(struct sock *sk, int state, u16 list)
     e.rx = without(e.rx, fin_came);
     e.srtt = READ(tp, srtt_us);
     e.retrans = READ(tp, total_retrans);
+    if (MORE) {
+        e.ooo = READ(tp, rcv_ooopack);
+        e.min_rtt = READ(tp, rtt_min.s[0].v);
+        e.cwnd = READ(tp, snd_cwnd);
+        e.lost = READ(tp, lost);
+        e.mss = READ(tp, mss_cache);
+    }
     if (list || is_orphan || e.session.owner.pid)       /* nobody accepts an orphan */
         submit(&e);
     else if (unclaimed.update(&sk, &e))
@@ -279,6 +299,7 @@ static inline void claim(struct sock *sk, u64 accepted)
         return;
     e.session.ready = accepted;
     set_owner(&e.session.owner);
+    e.session.inode = inode_of(sk);
     submit(&e);
 }
 
@@ -336,19 +357,22 @@ static inline void destroyed(struct sock *sk)
 """
 
 NAMES = "PID", "COMM", "IP", "LADDR", "LPORT", "RADDR", "RPORT", "TX_KB", "RX_KB", "MS"      # IP: with -w and -s
-EXTRA_NAMES = "ROLE", "CONN_MS", "RTT_MS", "RETR", "END"
-NARROW = "%-5s %-10.10s %-15s %-5s %-15s %-5s %5s %5s "
-WIDE = "%-7s %-16s %-2s %-39s %-5s %-39s %-5s %5s %5s "
-EXTRA = "%-8s %-7s %7s %7s %4s "
+EXTRA_NAMES = "ROLE", "CONN_MS", "RTT_MS", "RETR", "END", "ACC_MS", "OOO"
+NARROW = "%-5s %-10.10s ", "%-15s %-5s %-15s %-5s %5s %5s "
+WIDE = "%-7s %-16s ", "%-2s %-39s %-5s %-39s %-5s %5s %5s "
+UNIT = "%-12.12s "              # between these two, with --unit
+EXTRA = "%-8s %-7s %7s %7s %4s %-11s %7s "
 JSON = ('{"ts":%.6f,%s,"ip":%d,"laddr":"%s","lport":%d,"raddr":"%s","rport":%d,"tx_bytes":%d,"rx_bytes":%d,"ms":%.6f,'
-        '"netns":%d,%s,"connect_ms":%s,"accept_ms":%s,"srtt_us":%s,"retrans":%d,"partial":%s%s}\n')
+        '"netns":%d,"inode":%s,%s,"connect_ms":%s,"accept_ms":%s,"srtt_us":%s,"retrans":%d,"partial":%s,"ooo":%d,'
+        '"min_rtt_us":%s,"cwnd":%d,"mss":%d,"lost":%d%s}\n')
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(PROGRAM, description="Trace the lifespan of TCP sessions and summarize",
                                      formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)
     add = parser.add_argument
-    add("-T", "--time", action="store_true", help="include time column on output (HH:MM:SS)")
+    add("-T", "--time", action="count", default=0,
+        help="include time column on output (HH:MM:SS; -TT: with date and milliseconds)")
     add("-t", "--timestamp", action="store_true", help="include timestamp on output (seconds)")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("-w", "--wide", action="store_true", help="wide column output (fits IPv6 addresses)")
@@ -357,11 +381,15 @@ def parse_args(argv=None):
         help="print one JSON object per line, with exact bytes and times")
     add("-x", "--extra", action="store_true",
         help="include columns on how sessions started and ended: ROLE CONN_MS RTT_MS RETR END")
-    add("-p", "--pid", type=process, help="trace this PID only")
+    add("-p", "--pid", type=processes, help="trace this PID only (or comma-separated ones)")
     add("-L", "--localport", dest="lport", metavar="LOCALPORT", type=ports,
         help="comma-separated list of local ports to trace.")
     add("-D", "--remoteport", dest="rport", metavar="REMOTEPORT", type=ports,
         help="comma-separated list of remote ports to trace.")
+    add("--laddr", dest="laddr", metavar="ADDRESS", type=networks,
+        help="comma-separated list of local addresses or networks; ! excludes")
+    add("--raddr", dest="raddr", metavar="ADDRESS", type=networks,
+        help="comma-separated list of remote addresses or networks; ! excludes")
     family = parser.add_mutually_exclusive_group()
     family.add_argument("-4", "--ipv4", action="store_true", help="trace IPv4 only")
     family.add_argument("-6", "--ipv6", action="store_true", help="trace IPv6 only")
@@ -369,15 +397,17 @@ def parse_args(argv=None):
     failed.add_argument("--failed", action="store_true", help="trace only sessions that did not end with FINs")
     failed.add_argument("-i", "--interval", metavar="SECONDS", type=number(0.1, 1e9, float),
         help="also print the sessions that are open, every so many seconds and at the end")
+    add("--min-ms", metavar="MS", type=number(0, 1e9, float), default=0, help="trace only sessions that last as long")
     add("--existing", action="store_true", help="also trace sessions from before the start")
     add("--owner", choices=("accept", "close"), default="accept",
         help="who owns an incoming session: the process that accepted it (default), or the one that closed it, "
              "which saves the probe on accept()")
+    add("--unit", action="store_true", help="include the service or container of the process on output")
     add("--no-kprobe", action="store_true", help="trace accept() at the exit of the system call, kprobes or not")
     add_common(parser)
     args = parser.parse_args(argv)
-    args.row_format = ("%-8s " if args.time else "") + ("%-9s " if args.timestamp else "")
-    args.row_format += (WIDE if args.wide else NARROW) + (EXTRA if args.extra else "") + "%s\n"
+    args.row_format = time_format(args) + ("%-9s " if args.timestamp else "")
+    args.row_format += (UNIT * args.unit).join(WIDE if args.wide else NARROW) + (EXTRA if args.extra else "") + "%s\n"
     return args
 
 
@@ -387,7 +417,8 @@ def cflags(args):
         **filters(args),
         "RING_PAGES": RING_PAGES, "RECORD_SIZE": RECORD.size - 8,
         "MAX_SOCKETS": MAX_SOCKETS, "MAX_UNCLAIMED": MAX_UNCLAIMED,
-        "FAILED": int(args.failed), "EXISTING": int(args.existing),
+        "FAILED": int(args.failed), "EXISTING": int(args.existing), "MIN_NS": "%dull" % (args.min_ms * 1e6),
+        "MORE": int(args.extra or args.json),
         "MAX_HOLDERS": MAX_SOCKETS if args.existing else 1,
     }, LOSSES, ROLES, ENDS)
 
@@ -415,7 +446,7 @@ def csv_line(row):
 def header(args):
     if args.json:
         return ""
-    names = NAMES if args.wide or args.csv else NAMES[:2] + NAMES[3:]
+    names = NAMES[:2] + ("UNIT",) * args.unit + NAMES[2 if args.wide or args.csv else 3:]
     names = time_names(args) + names + (EXTRA_NAMES if args.extra else ())
     return csv_line(names) if args.csv else args.row_format % names
 
@@ -432,27 +463,30 @@ def fate(role, end, err):
 
 def line(args, record, start, wall):
     """Returns one line. start: when tracing started, wall: offset of the kernel's clock from Unix time, both in ns."""
-    (born, ready, owner, role, _, _, tx_seen, rx_seen, died, tx, rx, laddr, raddr, lport, rport, netns, srtt, retrans,
-     end, err) = record
+    (born, ready, owner, role, _, _, inode, tx_seen, rx_seen, died, tx, rx, laddr, raddr, lport, rport, netns, srtt,
+     retrans, end, err, ooo, min_rtt, cwnd, lost, mss, _) = record
     local, remote = address(laddr, netns), address(raddr, netns)
     ip = 6 if ":" in remote else 4
-    pid, comm, json_owner = owner_text(owner)
+    pid, comm, unit, json_owner = owner_text(owner)
     role, how, json_fate = fate(role, end, err)
     ms = (died - born if born else max(0, died - start)) / 1e6
     if args.json:
         waited = "%.6f" % ((ready - born) / 1e6) if ready and born else "null"
-        return JSON % ((died + wall) / 1e9, json_owner, ip, local, lport, remote, rport, tx, rx, ms, netns, json_fate,
+        return JSON % ((died + wall) / 1e9, json_owner, ip, local, lport, remote, rport, tx, rx, ms, netns,
+                       inode or "null", json_fate,
                        waited if role == "connect" else "null", waited if role == "accept" else "null",
-                       srtt >> 3 or "null", retrans, "false" if born else "true",
+                       srtt >> 3 or "null", retrans, "false" if born else "true", ooo,
+                       min_rtt if min_rtt != 0xffffffff else "null", cwnd, mss, lost,
                        ',"tx_bytes_seen":%d,"rx_bytes_seen":%d' % (tx_seen, rx_seen) if args.existing else "")
     lifespan = "%s%.2f%s" % ("" if born else ">", ms, "+" if how == "open" else "")
+    row = (pid, comm, unit) if args.unit else (pid, comm)
     if args.wide or args.csv:
-        row = (pid, comm, ip, local, lport, remote, rport, tx >> 10, rx >> 10, lifespan)
-    else:
-        row = (pid, comm, local, lport, remote, rport, tx >> 10, rx >> 10, lifespan)
+        row += (ip,)
+    row += (local, lport, remote, rport, tx >> 10, rx >> 10, lifespan)
     if args.extra:
-        row += (role, "%.2f" % ((ready - born) / 1e6) if ready and born and role == "connect" else "N/A",
-                "%.2f" % (srtt / 8e3) if srtt else "N/A", retrans, how)
+        waited = "%.2f" % ((ready - born) / 1e6) if ready and born else "N/A"
+        row += (role, waited if role == "connect" else "N/A", "%.2f" % (srtt / 8e3) if srtt else "N/A", retrans, how,
+                waited if role == "accept" else "N/A", ooo)
     if args.time or args.timestamp:
         row = times(args, died, start, wall) + row
     return csv_line(row) if args.csv else args.row_format % row
@@ -469,7 +503,7 @@ def trace(args):
     read = open_events(bpf, RECORD)
     start = time.monotonic_ns()
     due, number = start / 1e9 + (args.interval or 0), bool(args.interval)       # of the next list of open sessions
-    if args.existing and learn_existing(bpf) is None:
+    if args.existing and learn_existing(bpf, args) is None:
         number = 0
     write(header(args))
     stop = False
@@ -485,8 +519,8 @@ def trace(args):
         unclaimed = unaccepted(bpf) if stop and not args.pid else []
         records = list(RECORD.iter_unpack((data or b"") + read()))
         if unclaimed:
-            claimed = {record[8:] for record in records}
-            records += {record[8:]: record for record in unclaimed if record[8:] not in claimed}.values()
+            claimed = {record[9:] for record in records}
+            records += {record[9:]: record for record in unclaimed if record[9:] not in claimed}.values()
         wall = time.time_ns() - time.monotonic_ns()     # every time, as the clock may have been set
         stop = write("".join([line(args, record, start, wall) for record in records])) or stop
         report(bpf)
@@ -577,7 +611,13 @@ static inline bool is_mine(void *ctx, u64 event, bool first)
 struct owner {
     u32 pid;                    /* 0: not known */
     char comm[TASK_COMM_LEN];
+    u32 wanted;                 /* whether the options want this process */
+    u64 cgroup;                 /* ID of its cgroup v2; 0: not asked for */
 };
+
+#if CGROUP_FILTER
+BPF_CGROUP_ARRAY(wanted_cgroup, 1);
+#endif
 
 /* Not in a loop: Linux 6.1 cannot verify that, and LLVM cannot unroll it. */
 #define LOOK_AT(depth)                                                      \
@@ -615,6 +655,13 @@ static inline void set_owner(struct owner *o)
         bpf_probe_read_kernel(&o->comm, sizeof(o->comm), &READ(task, group_leader)->comm);
     else
         bpf_get_current_comm(&o->comm, sizeof(o->comm));
+    o->wanted = o->pid && IS_WANTED_PROCESS(o);
+    if (CGROUP_IDS)
+        o->cgroup = bpf_get_current_cgroup_id();
+#if CGROUP_FILTER
+    if (wanted_cgroup.check_current_task(0) != 1)
+        o->wanted = 0;
+#endif
 }
 
 /* ---- endpoints ---- */
@@ -652,6 +699,14 @@ static inline void read_endpoints(struct endpoints *e, struct sock *sk)
     e->rport = ntohs(c.skc_dport);
 }
 
+/* The inode that user space sees of this socket; 0 before accept() and after close(). */
+static inline u32 inode_of(struct sock *sk)
+{
+    struct socket *socket = READ(sk, sk_socket);
+
+    return socket ? READ((struct socket_alloc *)socket, vfs_inode.i_ino) : 0;
+}
+
 /* ---- sockets ---- */
 /* Whether connect() failed before it sent a SYN, for lack of a port for example. TCP Fast Open may defer the SYN. */
 static inline bool is_unsent(struct sock *sk)
@@ -677,13 +732,11 @@ static inline int error_of(struct sock *sk, int oldstate)
 }
 
 /* ---- holders ---- */
-BPF_HASH(holders, u64, struct owner, MAX_HOLDERS);      /* of sockets from before the start, by the file's inode */
+BPF_HASH(holders, u32, struct owner, MAX_HOLDERS);      /* of sockets from before the start, by the file's inode */
 
-/* NULL also before accept() and after close(). */
 static inline struct owner *holder_of(struct sock *sk)
 {
-    struct socket *socket = READ(sk, sk_socket);
-    u64 inode = socket ? READ((struct socket_alloc *)socket, vfs_inode.i_ino) : 0;
+    u32 inode = inode_of(sk);
 
     return holders.lookup(&inode);
 }
@@ -837,6 +890,18 @@ def ports(text):
     return [number(1, 65535)(port) for port in text.split(",")]
 
 
+def names(text):
+    """Returns names of processes, as bytes. Longer ones do not exist."""
+    found = [os.fsencode(name) for name in text.split(",")]
+    if not all(0 < len(name) < 16 for name in found):
+        raise argparse.ArgumentTypeError("not a list of names of 1 to 15 bytes: %r" % text)
+    return found
+
+
+def uids(text):
+    return [number(0, 0xffffffff)(uid) for uid in text.split(",")]
+
+
 def process(text):
     """Returns a process ID. The process need not exist yet, but a thread is refused."""
     pid = number(1, 1 << 22)(text)
@@ -845,6 +910,10 @@ def process(text):
         if leader != pid:
             raise argparse.ArgumentTypeError("%d is a thread of process %d" % (pid, leader))
     return pid
+
+
+def processes(text):
+    return [process(pid) for pid in text.split(",")]
 
 
 def netns(text):
@@ -874,14 +943,34 @@ def netns_path(inode):
     return ""
 
 
-def add_common(parser, *netns_names):
-    """Adds what all tools have. netns_names: further names of --netns."""
+def add_common(parser, *letters):
+    """Adds what all tools have. letters: -u and -N, where they are other names of --uid and --netns."""
     add = parser.add_argument
-    add(*netns_names, "--netns", type=netns, help="trace this network namespace only: inode number, path or name")
+    add("--name", metavar="NAME", type=names, help="trace processes of this name only (or of comma-separated names)")
+    add(*{"-u"} & {*letters}, "--uid", type=uids, help="trace this UID only (or comma-separated ones)")
+    add("--cgroup", metavar="PATH", type=cgroup, help="trace this cgroup v2, and those below it, only")
+    add(*{"-N"} & {*letters}, "--netns", type=netns,
+        help="trace this network namespace only: inode number, path or name")
     add("--duration", metavar="SECONDS", type=number(0.001, 1e9, float), help="exit after this many seconds")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     add("--version", action="version", version="%(prog)s 1.0")
     parser.print_help = lambda: write(parser.format_help())     # argparse's own would fail only at exit
+
+
+# ---- cgroups ----
+@functools.lru_cache(maxsize=None)
+def cgroup_mount():
+    """Returns where cgroup v2 is mounted; "" if it is not."""
+    with open("/proc/self/mountinfo") as mounts:
+        return (re.findall(r"(?m)^\S+ \S+ \S+ \S+ (\S+) .* - cgroup2 ", mounts.read()) or [""])[0]
+
+
+def cgroup(text):
+    """Returns the path of a cgroup v2 as /proc/PID/cgroup shows it, given so or as a directory."""
+    path = os.path.normpath("/" + text.removeprefix(cgroup_mount()).lstrip("/"))
+    if not os.path.exists(cgroup_mount() + path + "/cgroup.procs") or not cgroup_mount():
+        raise argparse.ArgumentTypeError("not a cgroup v2: %r" % text)
+    return path
 
 
 # ---- filters ----
@@ -890,18 +979,80 @@ def any_of(condition, values):
     return " || ".join([condition % value for value in values or []]) or "true"
 
 
-def filters(args, *peer):
-    """Returns the options that filter as macros: C expressions that are true for what is wanted. peer: more of them."""
+def filters(args):
+    """Returns the options that filter as macros: C expressions that are true for what is wanted."""
     option = vars(args).get
-    peer += (any_of("(e)->netns == %d", args.netns and [args.netns]), any_of("(e)->rport == %d", option("rport")),
-             "IS_IPV4((e)->raddr)" if option("ipv4") else "!IS_IPV4((e)->raddr)" if option("ipv6") else "true")
-    return {"IS_WANTED_OWNER(o)": any_of("(o)->pid == %d", args.pid and [args.pid]),
+    name = "(%s)" % " && ".join(["((u32 *)(o)->comm)[%d] == %%du" % n for n in range(4)])
+    owner = [any_of("(o)->pid == %d", args.pid), any_of("(u32)bpf_get_current_uid_gid() == %du", args.uid),
+             any_of(name, [struct.unpack("=4I", comm.ljust(16, b"\0")) for comm in args.name or []])]
+    peer = [address_condition("(e)->laddr", option("laddr")), address_condition("(e)->raddr", option("raddr")),
+            any_of("(e)->netns == %d", args.netns and [args.netns]), any_of("(e)->rport == %d", option("rport")),
+            "IS_IPV4((e)->raddr)" if option("ipv4") else "!IS_IPV4((e)->raddr)" if option("ipv6") else "true"]
+    return {"IS_WANTED_PROCESS(o)": " && ".join(["(%s)" % condition for condition in owner]),
+            "IS_WANTED_OWNER(o)": "(o)->wanted" if set(owner) != {"true"} or args.cgroup else "true",
+            "CGROUP_FILTER": int(args.cgroup is not None), "CGROUP_IDS": int(args.json or option("unit") is True),
             "IS_WANTED_PEER(e)": " && ".join(["(%s)" % condition for condition in peer]),
             "IS_WANTED_LPORT(port)": any_of("(port) == %d", option("lport")),
             "FILTERS": int(set(peer) != {"true"} or bool(option("lport")))}
 
 
+# ---- addresses ----
+def networks(text):
+    """Returns a list of addresses and prefixes: (ip_network of IPv6, number of an interface or 0, "!" excludes it)."""
+    import ipaddress
+    found = []
+    try:
+        if not text.isascii():                  # ip_network() would take the digits of any script
+            raise ValueError
+        for part in text.split(","):
+            name, percent, interface = part.removeprefix("!").partition("%")
+            network, scope = ipaddress.ip_network(name, strict=False), 0
+            if percent:
+                scope = number(1, 0x7fffffff)(interface) if interface.isdecimal() else socket.if_nametoindex(interface)
+            if scope and (network.version == 4 or not network.is_link_local):
+                raise ValueError
+            if network.version == 4:
+                network = ipaddress.ip_network("::ffff:%s/%d" % (network.network_address, 96 + network.prefixlen))
+            found.append((network, scope, part.startswith("!")))
+    except (ValueError, OSError):
+        raise argparse.ArgumentTypeError("not a list of addresses or networks: %r" % text)
+    return found
+
+
+def address_condition(address, networks):
+    """Returns a C expression that is true for a struct address that networks() wants, or for all if there are none."""
+    conditions = {True: [], False: []}
+    for network, scope, is_excluded in networks or []:
+        words = zip(struct.unpack("=4I", network.network_address.packed), struct.unpack("=4I", network.netmask.packed))
+        parts = ["(%s.word[%d] & %du) == %du" % (address, n, mask, value)
+                 for n, (value, mask) in enumerate(words) if mask]
+        if network.prefixlen < 96:              # IPv6, but not IPv4 in the form of IPv6
+            parts.append("!IS_IPV4(%s)" % address)
+        if scope:
+            parts.append("%s.scope == %d" % (address, scope))
+        conditions[is_excluded].append("(%s)" % " && ".join(parts))
+    wanted, excluded = " || ".join(conditions[False]), " || ".join(conditions[True])
+    return "%s && !(%s)" % ("(%s)" % wanted if wanted else "true", excluded) if excluded else wanted or "true"
+
+
 # ---- existing sockets ----
+def cgroup_of(pid):
+    """Returns the path of the process's cgroup v2 and its ID; None and 0 if it has none."""
+    with contextlib.suppress(OSError, TypeError), open("/proc/%s/cgroup" % pid, errors="surrogateescape") as file:
+        path = re.search("(?m)^0::(.*)$", file.read())[1]
+        return path, os.stat(cgroup_mount() + path).st_ino
+    return None, 0
+
+
+def is_wanted(args, pid, comm, path):
+    """Returns whether the options want this process, by what /proc shows. Raises OSError if it has ended."""
+    with open("/proc/%s/status" % pid, "rb") as status:
+        uid = int(status.read().split(b"\nUid:")[1].split()[0])
+    is_within = not args.cgroup or os.path.commonpath([path or "/", args.cgroup]) == args.cgroup
+    return bool(is_within and (not args.pid or int(pid) in args.pid) and (not args.name or comm in args.name) and
+                (not args.uid or uid in args.uid))
+
+
 def socket_inodes(pid):
     """Returns the inode numbers of the sockets that the process holds, of any kind. Raises OSError."""
     inodes = set()
@@ -916,7 +1067,7 @@ def socket_inodes(pid):
     return inodes
 
 
-def learn_existing(bpf, *pids):
+def learn_existing(bpf, args, *pids):
     """Tells the kernel side which process holds which socket, of several the first one, and walks. pids: only these.
 
     Returns whether all owners are known; None if the kernel refuses.
@@ -925,7 +1076,9 @@ def learn_existing(bpf, *pids):
     for pid in pids or filter(str.isdigit, os.listdir("/proc")):
         try:
             with open("/proc/%s/comm" % pid, "rb") as file:
-                owner = table.Leaf(int(pid), file.read()[:-1][:15])
+                comm = file.read()[:-1][:15]
+            path, cgroup_id = cgroup_of(pid)
+            owner = table.Leaf(int(pid), comm, is_wanted(args, pid, comm, path), cgroup_id)
             for inode in socket_inodes(pid):
                 holders.setdefault(inode, owner)
         except OSError as error:                # else it has ended
@@ -952,7 +1105,7 @@ def walk(bpf, what=0, read=bytes):
         context = (ctypes.c_uint64 * 12)(*values)
         options = ctypes.create_string_buffer(struct.pack("=Q24xQ8xI28x", 80, ctypes.addressof(context), 96))
         program = bpf.load_func(name, bcc.BPF.RAW_TRACEPOINT)
-        if bcc.lib["bpf_prog_test_run_opts"](program.fd, options):      # by name: without the types that bcc may give it
+        if bcc.lib["bpf_prog_test_run_opts"](program.fd, options):      # without the types that bcc may give it
             raise OSError(os.strerror(ctypes.get_errno()))
         return struct.unpack_from("=I", options, 56)[0]
     results, calls, missed = [], 0, 0
@@ -1019,6 +1172,8 @@ def load(args):
             % (error, sys.executable))
     except Exception as error:
         die("cannot trace: %s" % error)
+    if args.cgroup:
+        bpf["wanted_cgroup"][0] = cgroup_mount() + args.cgroup
     counters = bpf["lost"]
     counters[len(LOSSES) + 1] = counters.Leaf(1)        # STARTED
     report(bpf)                 # what was skipped before does not count
@@ -1045,7 +1200,7 @@ def attach_accept(bpf, args):
 
 
 # ---- ring buffer ----
-FORMATS = {"u8": "B", "u16": "H", "u32": "I", "s32": "i", "u64": "Q", "s64": "q", "struct owner": "20s",
+FORMATS = {"u8": "B", "u16": "H", "u32": "I", "s32": "i", "u64": "Q", "s64": "q", "struct owner": "32s",
            "struct address": "20s"}
 
 
@@ -1134,19 +1289,47 @@ def address(packed, netns):
     return "%s%%%d" % (text, scope)
 
 
+@functools.lru_cache(maxsize=4096)
+def cgroup_path(number):
+    """Returns the path of the cgroup v2 with this ID; None if it has gone, or is not below the mount."""
+    handle = struct.pack("=IiQ", 8, 0xfe, number)               # struct file_handle with FILEID_KERNFS
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        mount = os.open(cgroup_mount(), os.O_RDONLY)
+        stack.callback(os.close, mount)
+        file = ctypes.CDLL(None).open_by_handle_at(mount, handle, os.O_PATH)
+        stack.callback(os.close, file)
+        path = os.readlink("/proc/self/fd/%d" % file)
+        return path[len(cgroup_mount()):] or "/" if path.startswith(cgroup_mount()) else None
+
+
+def escaped(raw):
+    """Returns bytes as text that no terminal takes for anything else."""
+    return raw.decode("latin-1").encode("unicode_escape").decode("ascii")
+
+
+def json_text(raw):
+    """Returns bytes as JSON text: what is no plain text is escaped, as I-JSON has no noncharacters."""
+    text = raw.decode(errors="backslashreplace")
+    return json.dumps(text if text.isprintable() else raw.decode("ascii", errors="backslashreplace"))
+
+
 @functools.lru_cache(maxsize=1024)
 def owner_text(packed):
-    """Returns PID, COMM and JSON members of struct owner. comm can be any bytes: all but plain text is escaped."""
-    pid, comm = struct.unpack("=I16s", packed)
+    """Returns PID, COMM, UNIT and JSON members of struct owner. Names can be any bytes: all but plain text is escaped.
+
+    UNIT is the name of a service, the start of a container's ID, or else the last part of the cgroup's path.
+    """
+    pid, comm, _, number = struct.unpack("=I16sIQ", packed)
+    path = cgroup_path(number) if number else None
     if not pid:
-        return "N/A", "N/A", '"pid":null,"comm":null'
-    comm = comm.partition(b"\0")[0]
-    text = comm.decode(errors="backslashreplace")
-    if not text.isprintable():          # I-JSON has no noncharacters
-        text = comm.decode("ascii", errors="backslashreplace")
-    comm_hex = "" if text.encode() == comm else ',"comm_hex":"%s"' % comm.hex()
-    return (pid, comm.decode("latin-1").encode("unicode_escape").decode("ascii"),
-            '"pid":%d,"comm":%s%s' % (pid, json.dumps(text), comm_hex))
+        return "N/A", "N/A", "N/A", '"pid":null,"comm":null,"cgroup":null'
+    comm, path = comm.partition(b"\0")[0], path and os.fsencode(path)
+    text = json_text(comm)
+    comm_hex = "" if json.loads(text).encode() == comm else ',"comm_hex":"%s"' % comm.hex()
+    container = re.findall(b"[0-9a-f]{64}", path or b"")
+    name = re.sub(rb"\.service$", b"", path.rpartition(b"/")[2]) or b"/" if path else b"N/A"
+    return (pid, escaped(comm), escaped(container[-1][:12] if container else name),
+            '"pid":%d,"comm":%s%s,"cgroup":%s' % (pid, text, comm_hex, json_text(path) if path else "null"))
 
 
 # ---- times ----
@@ -1154,9 +1337,18 @@ def time_names(args):
     return (("TIME",) if args.time else ()) + (("TIME(s)",) if args.timestamp else ())
 
 
+def time_format(args):
+    """Returns the format of the column of -T."""
+    return ("", "%-8s ", "%-23s ")[min(args.time, 2)]
+
+
 def times(args, ts, start, wall):
     """Returns the columns of -T and -t. ts, start: ns of the kernel's clock; wall: its offset from Unix time."""
-    columns = (time.strftime("%H:%M:%S", time.localtime((ts + wall) // 10 ** 9)),) if args.time else ()
+    columns = ()
+    if args.time:
+        ms = (ts + wall) // 10 ** 6
+        text = time.strftime("%H:%M:%S" if args.time == 1 else "%Y-%m-%d %H:%M:%S", time.localtime(ms // 1000))
+        columns = (text if args.time == 1 else "%s.%03d" % (text, ms % 1000),)
     return (*columns, "%.3f" % (max(0, ts - start) / 1e9)) if args.timestamp else columns
 
 

@@ -62,7 +62,7 @@ examples = """examples:
 """
 
 PROGRAM = "tcpv4connect"
-KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "pid", "pid_namespace", "socket", "sock_exterr_skb", "sk_buff"]
+KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "pid", "pid_namespace", "socket_alloc", "sock_exterr_skb", "sk_buff"]
 MAX_ATTEMPTS = 1 << 17          # connects under way at once, with -r: 22 MB of kernel memory
 RING_PAGES = (4 << 20) // mmap.PAGESIZE         # 4 MiB: a second of the fastest load measured
 # Names in the C text, where they are numbers in this order, and what is printed.
@@ -76,10 +76,12 @@ bpf_text = r"""
 struct event {
     u64 ts;                     /* bpf_ktime_get_ns() */
     struct owner owner;
-    u32 uid;
+    u32 uid, inode;
     struct endpoints ends;
     u64 decided;
     u32 outcome, err;           /* OUTCOMES, or if there was an error its number */
+    u32 retrans;                /* SYNs sent again */
+    u32 pad;
 };
 
 BPF_HASH(attempts, struct sock *, struct event, MAX_ATTEMPTS);          /* with -r: not decided yet */
@@ -103,12 +105,13 @@ static inline void decide(struct sock *sk, int newstate)
     if (!newstate || newstate == TCP_SYN_SENT || e.ends.rport != ntohs(READ(sk, __sk_common.skc_dport)))
         return count_lost(LOST_RESULT);
     e.decided = bpf_ktime_get_ns();
+    e.retrans = READ((struct tcp_sock *)sk, total_retrans);
     e.outcome = newstate == TCP_ESTABLISHED ? OK : is_unsent(sk) ? FAILED : QUIT;
     if (e.outcome != OK)
         e.err = error_of(sk, TCP_SYN_SENT);
     if (e.outcome != FAILED)    /* else it has no port, and inet_sport is that of an earlier attempt */
         e.ends.lport = ntohs(READ((struct inet_sock *)sk, inet_sport));
-    if (e.outcome != OK || !ONLY_FAILED)
+    if ((e.outcome != OK || !ONLY_FAILED) && e.decided - e.ts >= MIN_NS)
         submit(&e);
 }
 
@@ -125,8 +128,9 @@ static inline void attempt(struct sock *sk)
         return;
     set_owner(&e.owner);
     e.uid = bpf_get_current_uid_gid();
-    if (!IS_WANTED_OWNER(&e.owner) || !IS_WANTED_UID(e.uid))
+    if (!IS_WANTED_OWNER(&e.owner))
         return;
+    e.inode = inode_of(sk);
     e.ts = bpf_ktime_get_ns();
     if (!RESULTS)
         submit(&e);
@@ -149,11 +153,12 @@ static inline void destroyed(struct sock *sk)
 """
 
 NAMES = "PID", "COMM", "SADDR", "DADDR", "DPORT"
-RESULT_NAMES = "LPORT", "MS", "RESULT"          # with -r
-TEXT = "%-6s %-12.12s %-16s %-16s %s\n"
-RESULT_TEXT = "%-6s %-12.12s %-16s %-16s %-5s %-5s %-9s %s\n"
-JSON = '{"ts":%.6f,%s,"uid":%d,"ip":4,"saddr":"%s","daddr":"%s","dport":%d,"netns":%d%s}\n'
-RESULT_JSON = ',"lport":%s,"ms":%.6f,%s'
+RESULT_NAMES = "LPORT", "MS", "RESULT", "RETR"          # with -r
+TEXT = "%-6s %-12.12s ", "%-16s %-16s %s\n"
+RESULT_TEXT = "%-6s %-12.12s ", "%-16s %-16s %-5s %-5s %-9s %-12s %s\n"
+UNIT = "%-12.12s "              # between these two, with --unit
+JSON = '{"ts":%.6f,%s,"uid":%d,"ip":4,"saddr":"%s","daddr":"%s","dport":%d,"netns":%d,"inode":%s%s}\n'
+RESULT_JSON = ',"lport":%s,"ms":%.6f,%s,"retrans":%d'
 
 
 def parse_args(argv=None):
@@ -161,22 +166,30 @@ def parse_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)
     add = parser.add_argument
     add("-t", "--timestamp", action="store_true", help="include timestamp on output")
-    add("-p", "--pid", type=process, help="trace this PID only")
-    add("-T", "--time", action="store_true", help="include time column on output (HH:MM:SS)")
+    add("-p", "--pid", type=processes, help="trace this PID only (or comma-separated ones)")
+    add("-T", "--time", action="count", default=0,
+        help="include time column on output (HH:MM:SS; -TT: with date and milliseconds)")
     add("-U", "--print-uid", action="store_true", help="include UID on output")
-    add("-u", "--uid", type=number(0, 0xffffffff), help="trace this UID only")
     add("-P", "--port", dest="rport", metavar="PORT", type=ports,
         help="comma-separated list of destination ports to trace.")
+    add("--saddr", dest="laddr", metavar="ADDRESS", type=networks,
+        help="comma-separated list of local addresses or networks; ! excludes")
+    add("--daddr", dest="raddr", metavar="ADDRESS", type=networks,
+        help="comma-separated list of remote addresses or networks; ! excludes")
     add("-r", "--result", action="store_true",
         help="print each connect when its result is known, with local port, milliseconds and result")
+    add("--min-ms", metavar="MS", type=number(0, 1e9, float), default=0,
+        help="with -r, trace only connects that take as long")
     add("--failed", action="store_true", help="with -r, trace only connects that do not succeed")
+    add("--unit", action="store_true", help="include the service or container of the process on output")
     add("--json", action="store_true", help="print one JSON object per line, with exact times")
-    add_common(parser)
+    add_common(parser, "-u")
     args = parser.parse_args(argv)
-    if args.failed and not args.result:
-        parser.error("--failed needs -r")
-    args.row_format = ("%-8s " if args.time else "") + ("%-8s " if args.timestamp else "")
-    args.row_format += ("%-5s " if args.print_uid else "") + (RESULT_TEXT if args.result else TEXT)
+    if (args.failed or args.min_ms) and not args.result:
+        parser.error("--failed and --min-ms need -r")
+    args.row_format = time_format(args) + ("%-8s " if args.timestamp else "")
+    args.row_format += ("%-5s " if args.print_uid else "")
+    args.row_format += (UNIT * args.unit).join(RESULT_TEXT if args.result else TEXT)
     return args
 
 
@@ -189,11 +202,10 @@ def cflags(args):
     """Returns the arguments as macros for the C text. Only numbers get into it."""
     return flags({
         **filters(args),
-        "IS_WANTED_UID(uid)": "true" if args.uid is None else "(uid) == %du" % args.uid,
         "TWO_PROGRAMS": int("second" in orders(args)),
         "RING_PAGES": RING_PAGES, "RECORD_SIZE": RECORD.size - 8,
         "MAX_ATTEMPTS": MAX_ATTEMPTS if args.result else 1,
-        "RESULTS": int(args.result), "ONLY_FAILED": int(args.failed),
+        "RESULTS": int(args.result), "ONLY_FAILED": int(args.failed), "MIN_NS": "%dull" % (args.min_ms * 1e6),
     }, LOSSES, OUTCOMES)
 
 
@@ -213,7 +225,8 @@ def attach(bcc, args):
 
 
 def header(args):
-    names = time_names(args) + (("UID",) if args.print_uid else ()) + NAMES + (RESULT_NAMES if args.result else ())
+    names = NAMES[:2] + ("UNIT",) * args.unit + NAMES[2:]
+    names = time_names(args) + (("UID",) if args.print_uid else ()) + names + (RESULT_NAMES if args.result else ())
     return "" if args.json else args.row_format % names
 
 
@@ -227,18 +240,18 @@ def result_text(outcome, err):
 
 def line(args, record, start, wall):
     """Returns one line. start: when tracing started, wall: offset of the kernel's clock from Unix time, both in ns."""
-    ts, owner, uid, laddr, raddr, lport, rport, netns, decided, outcome, err = record
-    pid, comm, json_owner = owner_text(owner)
+    ts, owner, uid, inode, laddr, raddr, lport, rport, netns, decided, outcome, err, retrans, _ = record
+    pid, comm, unit, json_owner = owner_text(owner)
     saddr, daddr = address(laddr, netns), address(raddr, netns)
     if args.result:
         ms = ((decided or time.monotonic_ns()) - ts) / 1e6
         result, json_result = result_text(outcome, err)
     if args.json:
-        more = RESULT_JSON % (lport or "null", ms, json_result) if args.result else ""
-        return JSON % ((ts + wall) / 1e9, json_owner, uid, saddr, daddr, rport, netns, more)
-    row = (pid, comm, saddr, daddr, rport)
+        more = RESULT_JSON % (lport or "null", ms, json_result, retrans) if args.result else ""
+        return JSON % ((ts + wall) / 1e9, json_owner, uid, saddr, daddr, rport, netns, inode or "null", more)
+    row = pid, comm, *[unit] * args.unit, saddr, daddr, rport
     if args.result:
-        row += (lport or "N/A", "%.2f" % ms, result)
+        row += (lport or "N/A", "%.2f" % ms, result, retrans)
     if args.print_uid:
         row = (uid, *row)
     if args.time or args.timestamp:
@@ -246,9 +259,9 @@ def line(args, record, start, wall):
     return args.row_format % row
 
 
-def under_way(bpf):
-    """Returns the connects whose result is not known yet, as records."""
-    return [RECORD.unpack(bytes(8) + bytes(event)) for event in bpf["attempts"].values()]
+def under_way(bpf, latest):
+    """Returns the connects whose result is not known yet, as records. latest: when they began, in ns."""
+    return [RECORD.unpack(bytes(8) + bytes(event)) for event in bpf["attempts"].values() if event.ts <= latest]
 
 
 def trace(args):
@@ -262,11 +275,11 @@ def trace(args):
         time.sleep(0.1)         # seconds that a line may be late
         stop = is_to_stop()
         # At the end, what is under way. What is decided just now is in both, with the same up to the addresses.
-        attempts = under_way(bpf) if stop and args.result else []
+        attempts = under_way(bpf, time.monotonic_ns() - args.min_ms * 1e6) if stop and args.result else []
         records = list(RECORD.iter_unpack(read()))
         if attempts:
-            decided = {record[:5] for record in records}
-            records += sorted({record[:5]: record for record in attempts if record[:5] not in decided}.values())
+            decided = {record[:6] for record in records}
+            records += sorted({record[:6]: record for record in attempts if record[:6] not in decided}.values())
         wall = time.time_ns() - time.monotonic_ns()     # every time, as the clock may have been set
         stop = write("".join([line(args, record, start, wall) for record in records])) or stop
         report(bpf)
@@ -357,7 +370,13 @@ static inline bool is_mine(void *ctx, u64 event, bool first)
 struct owner {
     u32 pid;                    /* 0: not known */
     char comm[TASK_COMM_LEN];
+    u32 wanted;                 /* whether the options want this process */
+    u64 cgroup;                 /* ID of its cgroup v2; 0: not asked for */
 };
+
+#if CGROUP_FILTER
+BPF_CGROUP_ARRAY(wanted_cgroup, 1);
+#endif
 
 /* Not in a loop: Linux 6.1 cannot verify that, and LLVM cannot unroll it. */
 #define LOOK_AT(depth)                                                      \
@@ -395,6 +414,13 @@ static inline void set_owner(struct owner *o)
         bpf_probe_read_kernel(&o->comm, sizeof(o->comm), &READ(task, group_leader)->comm);
     else
         bpf_get_current_comm(&o->comm, sizeof(o->comm));
+    o->wanted = o->pid && IS_WANTED_PROCESS(o);
+    if (CGROUP_IDS)
+        o->cgroup = bpf_get_current_cgroup_id();
+#if CGROUP_FILTER
+    if (wanted_cgroup.check_current_task(0) != 1)
+        o->wanted = 0;
+#endif
 }
 
 /* ---- endpoints ---- */
@@ -430,6 +456,14 @@ static inline void read_endpoints(struct endpoints *e, struct sock *sk)
     /* skc_num is 0 once the socket has left the port's hash table, which is before CLOSE. inet_sport stays. */
     e->lport = ntohs(READ((struct inet_sock *)sk, inet_sport));
     e->rport = ntohs(c.skc_dport);
+}
+
+/* The inode that user space sees of this socket; 0 before accept() and after close(). */
+static inline u32 inode_of(struct sock *sk)
+{
+    struct socket *socket = READ(sk, sk_socket);
+
+    return socket ? READ((struct socket_alloc *)socket, vfs_inode.i_ino) : 0;
 }
 
 /* ---- sockets ---- */
@@ -492,6 +526,18 @@ def ports(text):
     return [number(1, 65535)(port) for port in text.split(",")]
 
 
+def names(text):
+    """Returns names of processes, as bytes. Longer ones do not exist."""
+    found = [os.fsencode(name) for name in text.split(",")]
+    if not all(0 < len(name) < 16 for name in found):
+        raise argparse.ArgumentTypeError("not a list of names of 1 to 15 bytes: %r" % text)
+    return found
+
+
+def uids(text):
+    return [number(0, 0xffffffff)(uid) for uid in text.split(",")]
+
+
 def process(text):
     """Returns a process ID. The process need not exist yet, but a thread is refused."""
     pid = number(1, 1 << 22)(text)
@@ -500,6 +546,10 @@ def process(text):
         if leader != pid:
             raise argparse.ArgumentTypeError("%d is a thread of process %d" % (pid, leader))
     return pid
+
+
+def processes(text):
+    return [process(pid) for pid in text.split(",")]
 
 
 def netns(text):
@@ -529,14 +579,34 @@ def netns_path(inode):
     return ""
 
 
-def add_common(parser, *netns_names):
-    """Adds what all tools have. netns_names: further names of --netns."""
+def add_common(parser, *letters):
+    """Adds what all tools have. letters: -u and -N, where they are other names of --uid and --netns."""
     add = parser.add_argument
-    add(*netns_names, "--netns", type=netns, help="trace this network namespace only: inode number, path or name")
+    add("--name", metavar="NAME", type=names, help="trace processes of this name only (or of comma-separated names)")
+    add(*{"-u"} & {*letters}, "--uid", type=uids, help="trace this UID only (or comma-separated ones)")
+    add("--cgroup", metavar="PATH", type=cgroup, help="trace this cgroup v2, and those below it, only")
+    add(*{"-N"} & {*letters}, "--netns", type=netns,
+        help="trace this network namespace only: inode number, path or name")
     add("--duration", metavar="SECONDS", type=number(0.001, 1e9, float), help="exit after this many seconds")
     add("--ebpf", action="store_true", help="print the program's C text and its compiler flags, and exit")
     add("--version", action="version", version="%(prog)s 1.0")
     parser.print_help = lambda: write(parser.format_help())     # argparse's own would fail only at exit
+
+
+# ---- cgroups ----
+@functools.lru_cache(maxsize=None)
+def cgroup_mount():
+    """Returns where cgroup v2 is mounted; "" if it is not."""
+    with open("/proc/self/mountinfo") as mounts:
+        return (re.findall(r"(?m)^\S+ \S+ \S+ \S+ (\S+) .* - cgroup2 ", mounts.read()) or [""])[0]
+
+
+def cgroup(text):
+    """Returns the path of a cgroup v2 as /proc/PID/cgroup shows it, given so or as a directory."""
+    path = os.path.normpath("/" + text.removeprefix(cgroup_mount()).lstrip("/"))
+    if not os.path.exists(cgroup_mount() + path + "/cgroup.procs") or not cgroup_mount():
+        raise argparse.ArgumentTypeError("not a cgroup v2: %r" % text)
+    return path
 
 
 # ---- filters ----
@@ -545,15 +615,60 @@ def any_of(condition, values):
     return " || ".join([condition % value for value in values or []]) or "true"
 
 
-def filters(args, *peer):
-    """Returns the options that filter as macros: C expressions that are true for what is wanted. peer: more of them."""
+def filters(args):
+    """Returns the options that filter as macros: C expressions that are true for what is wanted."""
     option = vars(args).get
-    peer += (any_of("(e)->netns == %d", args.netns and [args.netns]), any_of("(e)->rport == %d", option("rport")),
-             "IS_IPV4((e)->raddr)" if option("ipv4") else "!IS_IPV4((e)->raddr)" if option("ipv6") else "true")
-    return {"IS_WANTED_OWNER(o)": any_of("(o)->pid == %d", args.pid and [args.pid]),
+    name = "(%s)" % " && ".join(["((u32 *)(o)->comm)[%d] == %%du" % n for n in range(4)])
+    owner = [any_of("(o)->pid == %d", args.pid), any_of("(u32)bpf_get_current_uid_gid() == %du", args.uid),
+             any_of(name, [struct.unpack("=4I", comm.ljust(16, b"\0")) for comm in args.name or []])]
+    peer = [address_condition("(e)->laddr", option("laddr")), address_condition("(e)->raddr", option("raddr")),
+            any_of("(e)->netns == %d", args.netns and [args.netns]), any_of("(e)->rport == %d", option("rport")),
+            "IS_IPV4((e)->raddr)" if option("ipv4") else "!IS_IPV4((e)->raddr)" if option("ipv6") else "true"]
+    return {"IS_WANTED_PROCESS(o)": " && ".join(["(%s)" % condition for condition in owner]),
+            "IS_WANTED_OWNER(o)": "(o)->wanted" if set(owner) != {"true"} or args.cgroup else "true",
+            "CGROUP_FILTER": int(args.cgroup is not None), "CGROUP_IDS": int(args.json or option("unit") is True),
             "IS_WANTED_PEER(e)": " && ".join(["(%s)" % condition for condition in peer]),
             "IS_WANTED_LPORT(port)": any_of("(port) == %d", option("lport")),
             "FILTERS": int(set(peer) != {"true"} or bool(option("lport")))}
+
+
+# ---- addresses ----
+def networks(text):
+    """Returns a list of addresses and prefixes: (ip_network of IPv6, number of an interface or 0, "!" excludes it)."""
+    import ipaddress
+    found = []
+    try:
+        if not text.isascii():                  # ip_network() would take the digits of any script
+            raise ValueError
+        for part in text.split(","):
+            name, percent, interface = part.removeprefix("!").partition("%")
+            network, scope = ipaddress.ip_network(name, strict=False), 0
+            if percent:
+                scope = number(1, 0x7fffffff)(interface) if interface.isdecimal() else socket.if_nametoindex(interface)
+            if scope and (network.version == 4 or not network.is_link_local):
+                raise ValueError
+            if network.version == 4:
+                network = ipaddress.ip_network("::ffff:%s/%d" % (network.network_address, 96 + network.prefixlen))
+            found.append((network, scope, part.startswith("!")))
+    except (ValueError, OSError):
+        raise argparse.ArgumentTypeError("not a list of addresses or networks: %r" % text)
+    return found
+
+
+def address_condition(address, networks):
+    """Returns a C expression that is true for a struct address that networks() wants, or for all if there are none."""
+    conditions = {True: [], False: []}
+    for network, scope, is_excluded in networks or []:
+        words = zip(struct.unpack("=4I", network.network_address.packed), struct.unpack("=4I", network.netmask.packed))
+        parts = ["(%s.word[%d] & %du) == %du" % (address, n, mask, value)
+                 for n, (value, mask) in enumerate(words) if mask]
+        if network.prefixlen < 96:              # IPv6, but not IPv4 in the form of IPv6
+            parts.append("!IS_IPV4(%s)" % address)
+        if scope:
+            parts.append("%s.scope == %d" % (address, scope))
+        conditions[is_excluded].append("(%s)" % " && ".join(parts))
+    wanted, excluded = " || ".join(conditions[False]), " || ".join(conditions[True])
+    return "%s && !(%s)" % ("(%s)" % wanted if wanted else "true", excluded) if excluded else wanted or "true"
 
 
 # ---- compiling ----
@@ -595,6 +710,8 @@ def load(args):
             % (error, sys.executable))
     except Exception as error:
         die("cannot trace: %s" % error)
+    if args.cgroup:
+        bpf["wanted_cgroup"][0] = cgroup_mount() + args.cgroup
     counters = bpf["lost"]
     counters[len(LOSSES) + 1] = counters.Leaf(1)        # STARTED
     report(bpf)                 # what was skipped before does not count
@@ -610,7 +727,7 @@ def attach_state_changes(bpf, orders=("first", "second")):
 
 
 # ---- ring buffer ----
-FORMATS = {"u8": "B", "u16": "H", "u32": "I", "s32": "i", "u64": "Q", "s64": "q", "struct owner": "20s",
+FORMATS = {"u8": "B", "u16": "H", "u32": "I", "s32": "i", "u64": "Q", "s64": "q", "struct owner": "32s",
            "struct address": "20s"}
 
 
@@ -699,19 +816,47 @@ def address(packed, netns):
     return "%s%%%d" % (text, scope)
 
 
+@functools.lru_cache(maxsize=4096)
+def cgroup_path(number):
+    """Returns the path of the cgroup v2 with this ID; None if it has gone, or is not below the mount."""
+    handle = struct.pack("=IiQ", 8, 0xfe, number)               # struct file_handle with FILEID_KERNFS
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        mount = os.open(cgroup_mount(), os.O_RDONLY)
+        stack.callback(os.close, mount)
+        file = ctypes.CDLL(None).open_by_handle_at(mount, handle, os.O_PATH)
+        stack.callback(os.close, file)
+        path = os.readlink("/proc/self/fd/%d" % file)
+        return path[len(cgroup_mount()):] or "/" if path.startswith(cgroup_mount()) else None
+
+
+def escaped(raw):
+    """Returns bytes as text that no terminal takes for anything else."""
+    return raw.decode("latin-1").encode("unicode_escape").decode("ascii")
+
+
+def json_text(raw):
+    """Returns bytes as JSON text: what is no plain text is escaped, as I-JSON has no noncharacters."""
+    text = raw.decode(errors="backslashreplace")
+    return json.dumps(text if text.isprintable() else raw.decode("ascii", errors="backslashreplace"))
+
+
 @functools.lru_cache(maxsize=1024)
 def owner_text(packed):
-    """Returns PID, COMM and JSON members of struct owner. comm can be any bytes: all but plain text is escaped."""
-    pid, comm = struct.unpack("=I16s", packed)
+    """Returns PID, COMM, UNIT and JSON members of struct owner. Names can be any bytes: all but plain text is escaped.
+
+    UNIT is the name of a service, the start of a container's ID, or else the last part of the cgroup's path.
+    """
+    pid, comm, _, number = struct.unpack("=I16sIQ", packed)
+    path = cgroup_path(number) if number else None
     if not pid:
-        return "N/A", "N/A", '"pid":null,"comm":null'
-    comm = comm.partition(b"\0")[0]
-    text = comm.decode(errors="backslashreplace")
-    if not text.isprintable():          # I-JSON has no noncharacters
-        text = comm.decode("ascii", errors="backslashreplace")
-    comm_hex = "" if text.encode() == comm else ',"comm_hex":"%s"' % comm.hex()
-    return (pid, comm.decode("latin-1").encode("unicode_escape").decode("ascii"),
-            '"pid":%d,"comm":%s%s' % (pid, json.dumps(text), comm_hex))
+        return "N/A", "N/A", "N/A", '"pid":null,"comm":null,"cgroup":null'
+    comm, path = comm.partition(b"\0")[0], path and os.fsencode(path)
+    text = json_text(comm)
+    comm_hex = "" if json.loads(text).encode() == comm else ',"comm_hex":"%s"' % comm.hex()
+    container = re.findall(b"[0-9a-f]{64}", path or b"")
+    name = re.sub(rb"\.service$", b"", path.rpartition(b"/")[2]) or b"/" if path else b"N/A"
+    return (pid, escaped(comm), escaped(container[-1][:12] if container else name),
+            '"pid":%d,"comm":%s%s,"cgroup":%s' % (pid, text, comm_hex, json_text(path) if path else "null"))
 
 
 # ---- times ----
@@ -719,9 +864,18 @@ def time_names(args):
     return (("TIME",) if args.time else ()) + (("TIME(s)",) if args.timestamp else ())
 
 
+def time_format(args):
+    """Returns the format of the column of -T."""
+    return ("", "%-8s ", "%-23s ")[min(args.time, 2)]
+
+
 def times(args, ts, start, wall):
     """Returns the columns of -T and -t. ts, start: ns of the kernel's clock; wall: its offset from Unix time."""
-    columns = (time.strftime("%H:%M:%S", time.localtime((ts + wall) // 10 ** 9)),) if args.time else ()
+    columns = ()
+    if args.time:
+        ms = (ts + wall) // 10 ** 6
+        text = time.strftime("%H:%M:%S" if args.time == 1 else "%Y-%m-%d %H:%M:%S", time.localtime(ms // 1000))
+        columns = (text if args.time == 1 else "%s.%03d" % (text, ms % 1000),)
     return (*columns, "%.3f" % (max(0, ts - start) / 1e9)) if args.timestamp else columns
 
 

@@ -236,7 +236,7 @@ class Fleet(unittest.TestCase):
     def only_minutes(self, server, insert, lines):
         """With ENGINE = Null the minutes are all that is stored."""
         server.post("CREATE DATABASE minutes")
-        nothing = re.sub("MergeTree PARTITION BY toDate.toUInt32.*", "Null", parts.old("tcplife.sql"))
+        nothing = re.sub(" MergeTree PARTITION BY toDate.toUInt32.*", " Null", parts.old("tcplife.sql"))
         server.client("-d", "minutes", "-n", stdin=nothing + parts.old("minutes.sql"))
         server.post(insert, "\n".join(lines), database="minutes")
         self.assertEqual(server.rows("SELECT count() AS n FROM tcplife", "minutes"), [{"n": 0}])

@@ -129,7 +129,7 @@ class Existing(live.Alone):
         self.assertEqual(figures[-1][0], "local")
         times = [line["ms"] for line in of_client]
         self.assertEqual(times, sorted(times))
-        forms = {(line.split()[8], line.split()[-1]) for line in text.lines[1:]}
+        forms = {(line.split()[8], line.split()[-3]) for line in text.lines[1:]}
         for ms, end in forms:
             self.assertRegex(ms, r"^>\d+\.\d\d\+$" if end == "open" else r"^>\d+\.\d\d$")
 

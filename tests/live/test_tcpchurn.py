@@ -232,8 +232,8 @@ import os
 import time
 load = tcpchurn.load
 def load_late(args):
-    os.kill(args.pid, 9)
-    while os.path.exists("/proc/%d" % args.pid):
+    os.kill(args.pid[0], 9)
+    while os.path.exists("/proc/%d" % args.pid[0]):
         time.sleep(0.01)
     return load(args)
 tcpchurn.load = load_late

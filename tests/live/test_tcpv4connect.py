@@ -257,7 +257,7 @@ class OneByOne(live.Alone):
                 slept = time.monotonic()
             ended = time.monotonic()
         self.assertEqual(every.lines[0].split(),
-                         "TIME(s) UID PID COMM SADDR DADDR DPORT LPORT MS RESULT".split())
+                         "TIME(s) UID PID COMM SADDR DADDR DPORT LPORT MS RESULT RETR".split())
         self.assertEqual([line.split()[-4:-2] + line.split()[-1:] for line in every.lines[1:]],
                          [[str(port), "N/A", "pending"]] * 5)
         self.assertEqual([(line["result"], line["err"], line["lport"]) for line in few.objects],

@@ -27,6 +27,11 @@ def address(text, scope=0):
     return (ip.packed if ip.version == 6 else bytes(10) + b"\xff\xff" + ip.packed) + struct.pack("=I", scope)
 
 
+def owner(pid, comm, cgroup=0):
+    """Returns struct owner."""
+    return struct.pack("=I16sIQ", pid, comm, 1, cgroup)
+
+
 def parse(tool, *options):
     """Returns the arguments for these options, with what the tool cannot do without."""
     return tool.parse_args([*options, *["1"] * (tool.PROGRAM == "tcpchurn")])

@@ -79,7 +79,7 @@ class Wrong(unittest.TestCase):
         rename(b"x Tgid:\t1 \xff")
         for tool in WRONG:
             argv = [str(os.getpid())] if tool == "tcpchurn" else ["-p", str(os.getpid())]
-            self.assertEqual(importlib.import_module(tool).parse_args(argv).pid, os.getpid(), tool)
+            self.assertEqual(importlib.import_module(tool).parse_args(argv).pid, [os.getpid()], tool)
 
     def test_a_fifo_is_no_namespace(self):
         """And nobody waits until it is written to."""

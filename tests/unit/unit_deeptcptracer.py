@@ -25,9 +25,10 @@ def record(args, event="SET_STATE", oldstate="CLOSE", state="SYN_SENT", sk_err=0
     """A record as the options make it. Each number in it is another one."""
     form, states = deeptcptracer.record_of(args), deeptcptracer.STATES
     return form.unpack(form.pack(
-        10 ** 9 + 5 * 10 ** 6, struct.pack("=I16s", pid, comm), sk_err, ctext.address(saddr, scope),
+        10 ** 9 + 5 * 10 ** 6, ctext.owner(pid, comm), sk_err, ctext.address(saddr, scope),
         ctext.address(daddr, scope), sport, 443, 4026531840, list(deeptcptracer.EVENTS).index(event),
-        states.index(oldstate), states.index(state), detail, 8 * len(stack), struct.pack("=Q", ns),
+        states.index(oldstate), states.index(state), detail, 4711, 129, 128,
+        8 * len(stack), struct.pack("=Q", ns),
         struct.pack("=%dQ" % len(stack), *stack)))
 
 
@@ -56,6 +57,12 @@ class Deep(unittest.TestCase):
         self.assertEqual(self.lines(saddr="fe80::1", daddr="fe80::2", scope=4000000000)[0].split()[3:5],
                          ["[fe80::1%4000000000]:60590", "[fe80::2%4000000000]:443"])
 
+    def test_a_syn_ack_again(self):
+        how = {"event": "RETRANSMIT_SYNACK", "oldstate": "", "state": "NEW_SYN_RECV"}
+        self.assertEqual(self.lines(**how)[0].split()[-3:], ["NEW_SYN_RECV", "queue", "129/128"])
+        value = self.value(**how)
+        self.assertEqual((value["backlog"], value["max_backlog"]), (129, 128))
+
     def test_unknown_owner(self):
         self.assertEqual(self.lines(pid=0)[0].split()[1:3], ["N/A", "N/A"])
         value = self.value(pid=0)
@@ -65,7 +72,8 @@ class Deep(unittest.TestCase):
         self.assertEqual(self.value("-m", oldstate="FIN_WAIT1", state="CLOSE", sk_err=104, ns=2500000), {
             "ts": 2.005, "event": "tcp_set_state()", "pid": 16065, "comm": "wget", "ip": 4, "saddr": SADDR,
             "sport": 60590, "daddr": DADDR, "dport": 443, "oldstate": "FIN_WAIT1", "state": "CLOSE",
-            "sk_err": "ECONNRESET", "ca_state": None, "reason": None, "state_ms": 2.5, "netns": 4026531840})
+            "sk_err": "ECONNRESET", "ca_state": None, "reason": None, "state_ms": 2.5, "netns": 4026531840,
+            "inode": 4711, "cgroup": None, "backlog": None, "max_backlog": None})
         value = self.value(event="ERROR", oldstate="", state="CLOSE", sk_err=9999, saddr="2001:db8::1",
                            daddr="2001:db8::2")
         names = "event", "oldstate", "state", "sk_err", "ip", "saddr", "daddr", "state_ms"
@@ -141,7 +149,7 @@ class Deep(unittest.TestCase):
 
     def test_events(self):
         self.assertEqual(deeptcptracer.parse_args(["-e", "tcp_fin,tcp_ack()/win==0"]).events, {2, 6})
-        self.assertEqual(deeptcptracer.parse_args(["-R"]).events, {4})
+        self.assertEqual(deeptcptracer.parse_args(["-R"]).events, {4, 9})
         self.assertEqual(len(deeptcptracer.parse_args([]).events), 9)
 
     def test_bad_arguments_exit_2(self):

@@ -1,6 +1,5 @@
 """The logic of tcpaccept, without tracing."""
 import json
-import struct
 import unittest
 
 import ctext
@@ -12,8 +11,8 @@ LADDR, RADDR = "192.0.2.1", "198.51.100.2"
 class Output(unittest.TestCase):
     def accept(self, *options, comm=b"sshd", laddr=LADDR, raddr=RADDR):
         record = tcpaccept.RECORD.unpack(tcpaccept.RECORD.pack(
-            5 * 10 ** 9, struct.pack("=I16s", 907, comm), ctext.address(laddr), ctext.address(raddr), 22, 40000,
-            4026531840, 99))
+            5 * 10 ** 9, ctext.owner(907, comm), ctext.address(laddr), ctext.address(raddr), 22, 40000,
+            4026531840, 4711, 99))
         args = tcpaccept.parse_args(options)
         return tcpaccept.header(args), tcpaccept.line(args, record, 3 * 10 ** 9, 10 ** 9)
 
@@ -34,7 +33,7 @@ class Output(unittest.TestCase):
         self.assertEqual(self.accept("--json")[0], "")
         self.assertEqual(json.loads(self.accept("--json")[1]), {
             "ts": 6, "pid": 907, "comm": "sshd", "ip": 4, "laddr": LADDR, "lport": 22, "raddr": RADDR, "rport": 40000,
-            "netns": 4026531840})
+            "netns": 4026531840, "inode": 4711, "cgroup": None})
         value = json.loads(self.accept("--json", laddr="2001:db8::1", raddr="2001:db8::2")[1])
         self.assertEqual([value[name] for name in ("ip", "laddr", "raddr")], [6, "2001:db8::1", "2001:db8::2"])
 

@@ -137,7 +137,7 @@ class Arguments(unittest.TestCase):
         for argv in (["-w", "1,5,10", "7"], ["7", "-w", "1", "5", "10"], ["-w", "1", "5", "10", "7"],
                      ["-w", "10,1", "5", "7"], ["-w", "1", "-w", "5", "-w", "10", "7"]):
             args = tcpchurn.parse_args(argv)
-            self.assertEqual((args.pid, args.windows), (7, [10.0, 5.0, 1.0]), argv)
+            self.assertEqual((args.pid, args.windows), ([7], [10.0, 5.0, 1.0]), argv)
 
     def test_bad_arguments_exit_2(self):
         for wrong in ([], ["x"], ["1", "-w", "0"], ["-w", "1,2"], ["1", "-w", "0.001,9999999"]):

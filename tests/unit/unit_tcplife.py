@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import struct
 import subprocess
 import sys
 import time
@@ -20,14 +19,14 @@ LADDR6, RADDR6 = "2001:db8::1", "2001:db8::2"
 
 
 def record(comm=b"curl", pid=42, laddr=LADDR, raddr=RADDR, born=10 ** 9, ready=0, died=3 * 10 ** 9 + 500,
-           role="connect", srtt=0, end="local", err=0, seen=(2000, 23)):
+           role="connect", srtt=0, end="local", err=0, seen=(2000, 23), min_rtt=900):
     """A record. Each number in it is another one."""
     tx, rx, retrans, syn = 3000, 1023, 7, 1
     return tcplife.RECORD.unpack(tcplife.RECORD.pack(
-        born, ready, struct.pack("=I16s", pid, comm), list(tcplife.ROLES.values()).index(role), syn, 9, *seen, died,
+        born, ready, ctext.owner(pid, comm), list(tcplife.ROLES.values()).index(role), syn, 9, 4711, *seen, died,
         tx, rx,
         ctext.address(laddr), ctext.address(raddr), 5555, 80, 4026531840, srtt, retrans,
-        list(tcplife.ENDS.values()).index(end), err))
+        list(tcplife.ENDS.values()).index(end), err, 4, min_rtt, 10, 2, 1448, 99))
 
 
 def line(*options, **fields):
@@ -67,13 +66,24 @@ class Output(unittest.TestCase):
         self.assertTrue(line("-t").startswith("1.000 "))
         self.assertTrue(line("-t", died=10 ** 9).startswith("0.000 "))
 
+    def test_date_and_milliseconds(self):
+        self.addCleanup(time.tzset)
+        with mock.patch.dict(os.environ, TZ="UTC"):
+            time.tzset()
+            self.assertTrue(line("-TT", died=1234567890 * 10 ** 6).startswith("1970-01-15 06:56:07.890 "))
+
+    def test_unit(self):
+        self.assertEqual(tcplife.header(tcplife.parse_args(["--unit"])).split()[:3], ["PID", "COMM", "UNIT"])
+        self.assertEqual(line("--unit")[:30], "42    curl       N/A          ")
+        self.assertEqual(line("-s", "--unit").split(",")[:4], ["42", "curl", "N/A", "4"])
+
     def test_every_column_in_its_place(self):
         self.addCleanup(time.tzset)
         with mock.patch.dict(os.environ, TZ="UTC"):
             time.tzset()
             self.assertEqual(line("-sxtT", ready=10 ** 9 + 1234567, srtt=8 * 2345),
                              "00:00:03,1.000,42,curl,4,192.0.2.1,5555,198.51.100.2,80,2,0,2000.00,"
-                             "connect,1.23,2.35,7,local\n")
+                             "connect,1.23,2.35,7,local,N/A,4\n")
             columns = line("-sxtT", ready=10 ** 9 + 1234567, srtt=8 * 2345).rstrip().split(",")
             self.assertEqual(line("-xtTw", ready=10 ** 9 + 1234567, srtt=8 * 2345).split(), columns)
             self.assertEqual(line("-xtT", ready=10 ** 9 + 1234567, srtt=8 * 2345).split(), columns[:4] + columns[5:])
@@ -84,7 +94,9 @@ class Output(unittest.TestCase):
             "laddr": "2001:db8::1", "lport": 5555, "raddr": "2001:db8::2", "rport": 80,
             "tx_bytes": 3000, "rx_bytes": 1023, "ms": 2000.0005, "netns": 4026531840,
             "role": "connect", "end": "reset", "err": "ECONNRESET", "connect_ms": 250, "accept_ms": None,
-            "srtt_us": 1001, "retrans": 7, "partial": False})
+            "srtt_us": 1001, "retrans": 7, "partial": False, "inode": 4711, "cgroup": None, "ooo": 4, "min_rtt_us": 900,
+            "cwnd": 10, "mss": 1448, "lost": 2})
+        self.assertIsNone(json.loads(line("--json", min_rtt=0xffffffff))["min_rtt_us"])
         value = json.loads(line("--json"))
         self.assertEqual([value[name] for name in ("ip", "laddr", "raddr", "end", "err", "connect_ms", "srtt_us")],
                          [4, LADDR, RADDR, "local", None, None, None])
@@ -99,16 +111,18 @@ class Output(unittest.TestCase):
         for end, err, columns in (("both", 0, "both both None"), ("abort", 104, "reset reset ECONNRESET"),
                                   ("quit", 110, "timeout timeout ETIMEDOUT"), ("abort", 71, "EPROTO None EPROTO"),
                                   ("abort", 9999, "9999 None 9999"), (None, 0, "N/A None None")):
-            value, column = json.loads(line("--json", end=end, err=err)), line("-x", end=end, err=err).split()[-1]
+            value, column = json.loads(line("--json", end=end, err=err)), line("-x", end=end, err=err).split()[-3]
             self.assertEqual("%s %s %s" % (column, value["end"], value["err"]), columns)
 
     def test_extra_columns(self):
-        self.assertEqual(tcplife.header(tcplife.parse_args(["-x"])).split()[-6:],
-                         ["MS", "ROLE", "CONN_MS", "RTT_MS", "RETR", "END"])
-        self.assertEqual(line("-x", ready=10 ** 9 + 1234567, srtt=8 * 2345).split()[-6:],
-                         ["2000.00", "connect", "1.23", "2.35", "7", "local"])
+        self.assertEqual(tcplife.header(tcplife.parse_args(["-x"])).split()[-8:],
+                         ["MS", "ROLE", "CONN_MS", "RTT_MS", "RETR", "END", "ACC_MS", "OOO"])
+        self.assertEqual(line("-x", ready=10 ** 9 + 1234567, srtt=8 * 2345).split()[-8:],
+                         ["2000.00", "connect", "1.23", "2.35", "7", "local", "N/A", "4"])
+        self.assertEqual(line("-x", ready=10 ** 9 + 1234567, role="accept").split()[-7:],
+                         ["accept", "N/A", "N/A", "7", "local", "1.23", "4"])
         self.assertEqual(line("-xs", role=None, born=0), "42,curl,4,192.0.2.1,5555,198.51.100.2,80,2,0,"
-                                                         ">1000.00,N/A,N/A,N/A,7,local\n")
+                                                         ">1000.00,N/A,N/A,N/A,7,local,N/A,4\n")
 
     def test_session_from_before_the_start(self):
         self.assertEqual(line(born=0, role=None).split()[-1], ">1000.00")
@@ -116,15 +130,15 @@ class Output(unittest.TestCase):
         value = json.loads(line("--json", born=0, role=None))
         self.assertEqual((value["partial"], value["ms"], value["role"]), (True, 1000.0005, None))
 
-        self.assertEqual(line("-x", born=0, role="connect", ready=5).split()[-6:-4], [">1000.00", "connect"])
+        self.assertEqual(line("-x", born=0, role="connect", ready=5).split()[-8:-6], [">1000.00", "connect"])
         value = json.loads(line("--json", "--existing", born=0, role="accept", ready=5))
         self.assertEqual((value["role"], value["connect_ms"], value["accept_ms"]), ("accept", None, None))
         self.assertEqual((value["tx_bytes_seen"], value["rx_bytes_seen"]), (2000, 23))
 
     def test_open_session(self):
         self.assertEqual(line(end="open").split()[-1], "2000.00+")
-        self.assertEqual(line("-x", end="open", born=0).split()[-6], ">1000.00+")
-        self.assertTrue(line("-sx", end="open").endswith(",2000.00+,connect,N/A,N/A,7,open\n"))
+        self.assertEqual(line("-x", end="open", born=0).split()[-8], ">1000.00+")
+        self.assertTrue(line("-sx", end="open").endswith(",2000.00+,connect,N/A,N/A,7,open,N/A,4\n"))
         value = json.loads(line("--json", end="open"))
         self.assertEqual((value["end"], value["err"], value["ms"]), ("open", None, 2000.0005))
 
@@ -156,7 +170,7 @@ class Output(unittest.TestCase):
 class Arguments(unittest.TestCase):
     def test_values(self):
         args = tcplife.parse_args("-p 1 -L 80,81 -D 443 --duration 2.5".split())
-        self.assertEqual((args.pid, args.lport, args.rport, args.duration), (1, [80, 81], [443], 2.5))
+        self.assertEqual((args.pid, args.lport, args.rport, args.duration), ([1], [80, 81], [443], 2.5))
 
     def test_netns(self):
         inode = os.stat("/proc/self/ns/net").st_ino

@@ -1,8 +1,8 @@
 """How addresses and owners are printed, by all tools alike."""
 import ipaddress
+import json
 import os
 import socket
-import struct
 import unittest
 from unittest import mock
 
@@ -48,21 +48,39 @@ class Addresses(unittest.TestCase):
                 self.check("fe80::1", 7, HERE, "fe80::1%" + (name if is_plain else "7"))
 
     def test_as_the_option_takes_it(self):
-        tool, = (tool for tool in ctext.TOOLS if hasattr(tool, "networks"))
+        tool = ctext.RINGS[0]
         for scope, netns in (LO, HERE), (LO, HERE + 1), (0, HERE):
             text = tool.address(ctext.address("fe80::1", scope), netns)
-            self.assertEqual(tool.networks(text), [(ipaddress.ip_network("fe80::1"), scope)])
+            self.assertEqual(tool.networks(text), [(ipaddress.ip_network("fe80::1"), scope, False)])
 
 
 class Owners(unittest.TestCase):
     def test_all_that_name_a_process(self):
-        for tool in ctext.RINGS:
-            self.assertEqual(tool.owner_text(struct.pack("=I16s", 7, b"a b")), (7, "a b", '"pid":7,"comm":"a b"'))
-            self.assertEqual(tool.owner_text(struct.pack("=I16s", 7, b"")), (7, "", '"pid":7,"comm":""'))
-            self.assertEqual(tool.owner_text(struct.pack("=I16s", 4194304, b"fifteen bytes..")),
-                             (4194304, "fifteen bytes..", '"pid":4194304,"comm":"fifteen bytes.."'))
-            self.assertEqual(tool.owner_text(struct.pack("=I16s", 7, b"a\0left")), (7, "a", '"pid":7,"comm":"a"'))
-            self.assertEqual(tool.owner_text(struct.pack("=I16s", 0, b"x")), ("N/A", "N/A", '"pid":null,"comm":null'))
+        for pid, comm, expected in ((7, b"a b", (7, "a b", "N/A", '"pid":7,"comm":"a b","cgroup":null')),
+                                    (7, b"", (7, "", "N/A", '"pid":7,"comm":"","cgroup":null')),
+                                    (4194304, b"fifteen bytes..", (4194304, "fifteen bytes..", "N/A",
+                                     '"pid":4194304,"comm":"fifteen bytes..","cgroup":null')),
+                                    (7, b"a\0left", (7, "a", "N/A", '"pid":7,"comm":"a","cgroup":null')),
+                                    (0, b"x", ("N/A", "N/A", "N/A", '"pid":null,"comm":null,"cgroup":null'))):
+            for tool in ctext.RINGS:
+                self.assertEqual(tool.owner_text(ctext.owner(pid, comm)), expected)
+
+    def test_units(self):
+        """The name of a service, the digits that docker ps shows, or the last part; whatever bytes they are."""
+        container = "0123456789abcdef" * 4
+        for path, expected in (("/system.slice/nginx.service", "nginx"), ("/", "/"), (None, "N/A"),
+                               ("/user.slice/user-0.slice/session-3.scope", "session-3.scope"),
+                               ("/system.slice/docker-%s.scope" % container, container[:12]),
+                               ("/kubepods.slice/kubepods-pod1.slice/cri-containerd-%s.scope" % container, container[:12]),
+                               ("/docker/%s/init" % container, container[:12]), ("/a\x1b\udcff", "a\\x1b\\xff")):
+            for tool in ctext.RINGS:
+                tool.owner_text.cache_clear()
+                with mock.patch.object(tool, "cgroup_path", lambda _, path=path: path):
+                    _, _, unit, members = tool.owner_text(ctext.owner(7, b"a", 99))
+                tool.owner_text.cache_clear()
+                value = json.loads("{%s}" % members)["cgroup"]
+                self.assertEqual(unit, expected)
+                self.assertEqual(value, path and path.replace("\udcff", "\\xff"))
 
 
 if __name__ == "__main__":
