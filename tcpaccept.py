@@ -74,8 +74,6 @@ LOSSES = {"LOST_EVENT": "accepts lost: the ring buffer was full",
           "SKIPPED": "accepts lost: the kernel did not run the probe"}
 
 bpf_text = r"""
-#include <net/inet_hashtables.h>
-
 struct event {
     u64 ts;                     /* bpf_ktime_get_ns() */
     struct owner owner;
@@ -459,6 +457,8 @@ static inline u32 inode_of(struct sock *sk)
 }
 
 /* ---- roles ---- */
+#include <net/inet_hashtables.h>
+
 /* Whether connect() chose the port, which it marks. A transparent proxy's connection may share it, see its backlog. */
 static inline bool has_connected(struct sock *sk)
 {

@@ -68,7 +68,7 @@ examples = """examples:
 
 PROGRAM = "tcpchurn"
 KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "pid", "pid_namespace", "signal_struct", "files_struct", "fdtable",
-                "file", "socket_alloc", "mptcp_sock", "proto", "inet_hashinfo", "inet_ehash_bucket",
+                "file", "socket_alloc", "mptcp_sock", "nsproxy", "inet_hashinfo", "inet_ehash_bucket",
                 "hlist_nulls_node"]
 WINDOWS = [1.0, 5.0, 10.0, 30.0, 60.0, 120.0, 240.0, 500.0, 1200.0]     # seconds
 BUCKET_SECONDS = 0.1            # at most
@@ -677,20 +677,23 @@ int tracepoint_accept_first(struct syscall_exit *ctx) { return accept_returned(c
 int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(ctx, false); }
 
 /* ---- existing sockets ---- */
+#include <linux/nsproxy.h>
+#include <net/inet_hashtables.h>
+
 /* Called by walk(), not by the kernel. Since Linux 6.1 a network namespace may have its own table of sockets. */
-#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 1, 0)
-#define TABLE_OF(sk, net) READ(READ(sk, __sk_common.skc_prot), h.hashinfo)
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(5, 18, 0) && LINUX_VERSION_CODE < KERNEL_VERSION(6, 1, 0)
+#define TABLE_OF(net) READ(READ(net, ipv4.tcp_death_row), hashinfo)
 #else
-#define TABLE_OF(sk, net) READ(net, ipv4.tcp_death_row.hashinfo)
+#define TABLE_OF(net) READ(net, ipv4.tcp_death_row.hashinfo)
 #endif
 
 BPF_F_TABLE("array", int, u64, tables, 512, 1 << 10 /* BPF_F_MMAPABLE */);
 
-/* Argument: a descriptor of a TCP socket. Returns how many elements are set: one per network namespace, 0 for none. */
-int find_tables(struct bpf_raw_tracepoint_args *ctx)
+/* Returns how many elements are set: one per network namespace, 0 for none. */
+int find_tables(void *ctx)
 {
-    struct sock *sk = socket_of(ctx->args[0]);
-    struct net *own = READ(sk, __sk_common.skc_net.net), *net = own;
+    struct task_struct *task = (struct task_struct *)bpf_get_current_task();
+    struct net *own = READ(READ(task, nsproxy), net_ns), *net = own;
     u64 *table;
     int i, n;
 
@@ -698,7 +701,7 @@ int find_tables(struct bpf_raw_tracepoint_args *ctx)
         n = i;                  /* Linux 5.10 cannot verify a loop whose counter is on the stack */
         table = tables.lookup(&n);
         if (table)              /* the head of the list is no namespace */
-            *table = READ(net, ns.ops) == READ(own, ns.ops) ? (u64)TABLE_OF(sk, net) : 0;
+            *table = READ(net, ns.ops) == READ(own, ns.ops) ? (u64)TABLE_OF(net) : 0;
         net = container_of(READ(net, list.next), struct net, list);
     }
     return i;
@@ -970,8 +973,7 @@ def walk(bpf, what=0, read=bytes):
         return struct.unpack_from("=I", options, 56)[0]
     results, calls, missed = [], 0, 0
     try:
-        with socket.socket() as sock:
-            count = call("find_tables", sock.fileno())
+        count = call("find_tables")
         tables = mmap.mmap(bpf["tables"].map_fd, 512 * 8, prot=mmap.PROT_READ)
         for table in {*memoryview(tables).cast("Q")[:count]} - {0}:
             bucket = again = 0

@@ -72,7 +72,7 @@ examples = """examples:
 
 PROGRAM = "tcplife"
 KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "pid", "pid_namespace", "files_struct", "fdtable", "file",
-                "socket_alloc", "mptcp_sock", "sock_flags", "sock_exterr_skb", "sk_buff", "inet_bind_bucket", "proto",
+                "socket_alloc", "mptcp_sock", "sock_flags", "sock_exterr_skb", "sk_buff", "inet_bind_bucket", "nsproxy",
                 "inet_hashinfo", "inet_ehash_bucket", "hlist_nulls_node"]
 MAX_SOCKETS = 1 << 18           # live sockets: 33 MB of kernel memory
 MAX_UNCLAIMED = 1 << 14         # sessions that ended before accept() returned them
@@ -742,6 +742,8 @@ static inline struct owner *holder_of(struct sock *sk)
 }
 
 /* ---- roles ---- */
+#include <net/inet_hashtables.h>
+
 /* Whether connect() chose the port, which it marks. A transparent proxy's connection may share it, see its backlog. */
 static inline bool has_connected(struct sock *sk)
 {
@@ -814,20 +816,23 @@ int tracepoint_accept_first(struct syscall_exit *ctx) { return accept_returned(c
 int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(ctx, false); }
 
 /* ---- existing sockets ---- */
+#include <linux/nsproxy.h>
+#include <net/inet_hashtables.h>
+
 /* Called by walk(), not by the kernel. Since Linux 6.1 a network namespace may have its own table of sockets. */
-#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 1, 0)
-#define TABLE_OF(sk, net) READ(READ(sk, __sk_common.skc_prot), h.hashinfo)
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(5, 18, 0) && LINUX_VERSION_CODE < KERNEL_VERSION(6, 1, 0)
+#define TABLE_OF(net) READ(READ(net, ipv4.tcp_death_row), hashinfo)
 #else
-#define TABLE_OF(sk, net) READ(net, ipv4.tcp_death_row.hashinfo)
+#define TABLE_OF(net) READ(net, ipv4.tcp_death_row.hashinfo)
 #endif
 
 BPF_F_TABLE("array", int, u64, tables, 512, 1 << 10 /* BPF_F_MMAPABLE */);
 
-/* Argument: a descriptor of a TCP socket. Returns how many elements are set: one per network namespace, 0 for none. */
-int find_tables(struct bpf_raw_tracepoint_args *ctx)
+/* Returns how many elements are set: one per network namespace, 0 for none. */
+int find_tables(void *ctx)
 {
-    struct sock *sk = socket_of(ctx->args[0]);
-    struct net *own = READ(sk, __sk_common.skc_net.net), *net = own;
+    struct task_struct *task = (struct task_struct *)bpf_get_current_task();
+    struct net *own = READ(READ(task, nsproxy), net_ns), *net = own;
     u64 *table;
     int i, n;
 
@@ -835,7 +840,7 @@ int find_tables(struct bpf_raw_tracepoint_args *ctx)
         n = i;                  /* Linux 5.10 cannot verify a loop whose counter is on the stack */
         table = tables.lookup(&n);
         if (table)              /* the head of the list is no namespace */
-            *table = READ(net, ns.ops) == READ(own, ns.ops) ? (u64)TABLE_OF(sk, net) : 0;
+            *table = READ(net, ns.ops) == READ(own, ns.ops) ? (u64)TABLE_OF(net) : 0;
         net = container_of(READ(net, list.next), struct net, list);
     }
     return i;
@@ -1110,8 +1115,7 @@ def walk(bpf, what=0, read=bytes):
         return struct.unpack_from("=I", options, 56)[0]
     results, calls, missed = [], 0, 0
     try:
-        with socket.socket() as sock:
-            count = call("find_tables", sock.fileno())
+        count = call("find_tables")
         tables = mmap.mmap(bpf["tables"].map_fd, 512 * 8, prot=mmap.PROT_READ)
         for table in {*memoryview(tables).cast("Q")[:count]} - {0}:
             bucket = again = 0
