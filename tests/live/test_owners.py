@@ -53,8 +53,8 @@ class Owners(live.Alone):
     def visitors(self):
         listener = socket.create_server(("127.0.0.1", 0))
         self.addCleanup(listener.close)
-        found = [Visitor(NAMES[0], listener, cgroup=self.cgroups[1]), Visitor(NAMES[1], listener, USER, self.cgroups[2]),
-                 Visitor(NAMES[2], listener)]
+        found = [Visitor(NAMES[0], listener, cgroup=self.cgroups[1]),
+                 Visitor(NAMES[1], listener, USER, self.cgroups[2]), Visitor(NAMES[2], listener)]
         for visitor in found:
             self.addCleanup(visitor.end)
         return found
@@ -65,8 +65,8 @@ class Owners(live.Alone):
         pids = [visitor.pid for visitor in visitors]
         path = "/" + str(self.top.relative_to(tcplife.cgroup_mount()))
         filters = {("-p", "%d,%d" % (pids[0], pids[2])): {0, 2}, ("--name", NAMES[0]): {0},
-                   ("--name", "nobody,%s,%s" % NAMES[1:]): {1, 2}, ("--uid", "%d,77" % USER): {1}, ("--uid", "0"): {0, 2},
-                   ("--cgroup", path): {0, 1}, ("--cgroup", str(self.cgroups[1])): {0},
+                   ("--name", "nobody,%s,%s" % NAMES[1:]): {1, 2}, ("--uid", "%d,77" % USER): {1},
+                   ("--uid", "0"): {0, 2}, ("--cgroup", path): {0, 1}, ("--cgroup", str(self.cgroups[1])): {0},
                    ("--cgroup", path, "--uid", "0"): {0}, ("--uid", "78"): set()}
         for tool, count in TOOLS.items():
             if tool != "tcplife":       # the conditions are the same
@@ -90,7 +90,8 @@ class Owners(live.Alone):
         for option, wanted in {("--name", NAMES[0]): {0}, ("--uid", USER): {1}, ("--cgroup", path): {0, 1},
                                ("-p", "%d,%d" % (visitors[0].pid, visitors[2].pid)): {0, 2}}.items():
             with self.subTest(option):
-                with live.Tracer("tcplife", "--json", "--existing", "-i", 1000, "--netns", self.netns, *option) as tracer:
+                options = "--json", "--existing", "-i", 1000, "--netns", self.netns
+                with live.Tracer("tcplife", *options, *option) as tracer:
                     pass
                 self.assertEqual([line["pid"] for line in tracer.objects], [
                     line["pid"] for line in tracer.objects if line["pid"] in {visitors[n].pid for n in wanted}])
@@ -169,7 +170,8 @@ class Owners(live.Alone):
     def test_refused(self):
         for option in ("--cgroup", "/no/such"), ("--name", "sixteen bytes..."), ("--name", ""), ("--uid", "x"), \
                 ("--uid", "-1"):
-            result = subprocess.run([live.PYTHON, live.ROOT / "tcpaccept.py", *option], stderr=subprocess.PIPE, text=True)
+            command = [live.PYTHON, live.ROOT / "tcpaccept.py", *option]
+            result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
             self.assertEqual(result.returncode, 2, result.stderr)
 
 

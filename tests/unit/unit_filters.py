@@ -23,8 +23,8 @@ int peer(struct endpoints *e) { struct endpoints copy = *e; return IS_WANTED_PEE
 int lport(u16 port) { return IS_WANTED_LPORT(port + 0); }
 """
 NETNS = os.stat("/proc/self/ns/net").st_ino         # a number that no namespace has is refused
-DEFAULT = {"pid": 1, "uid": 1000, "comm": "nginx", "laddr": "192.0.2.1", "raddr": "198.51.100.2", "lport": 5555, "rport": 80,
-           "netns": NETNS, "scope": 0}
+DEFAULT = {"pid": 1, "uid": 1000, "comm": "nginx", "laddr": "192.0.2.1", "raddr": "198.51.100.2", "lport": 5555,
+           "rport": 80, "netns": NETNS, "scope": 0}
 # What -4, ports and the like are called, and what of it passes: a change of DEFAULT, and whether that is wanted.
 PID = {"-p 1": [({}, True), ({"pid": 2}, False), ({"pid": 0}, False)],
        "-p 1,3": [({}, True), ({"pid": 2}, False), ({"pid": 3}, True)]}
@@ -60,7 +60,8 @@ OPTIONS = {
                 "-L 5555 -D 80 -4 -p 1": [({}, True), ({"lport": 1}, False), ({"rport": 1}, False),
                                            ({"raddr": "::1"}, False), ({"pid": 2}, False)]},
     "tcpaccept": {**PID, **FAMILIES, **addresses("--laddr", "--raddr"), "-P 5555,443": LOCAL},
-    "tcpv4connect": {**PID, **addresses("--saddr", "--daddr"), "-P 80,443": REMOTE, "-u 1000": [({}, True), ({"uid": 0}, False)],
+    "tcpv4connect": {**PID, **addresses("--saddr", "--daddr"), "-P 80,443": REMOTE,
+                     "-u 1000": [({}, True), ({"uid": 0}, False)],
                      "-u 0": [({}, False), ({"uid": 0}, True)],
                      "-u 4294967295": [({}, False), ({"uid": 4294967295}, True)]},
     "tcpchurn": {**addresses(None, "--raddr"), "": [({}, True), ({"pid": 2}, False), ({"raddr": "127.0.0.1"}, True)],
@@ -145,7 +146,8 @@ class Networks(unittest.TestCase):
         networks = list(map(ipaddress.ip_network, self.texts))
         for tool in ctext.TOOLS:
             lib = ctext.library(tool, "\n".join([
-                "int f%d(struct address *a) { return %s; }" % (n, tool.address_condition("(*a)", tool.networks(str(network))))
+                "int f%d(struct address *a) { return %s; }"
+                % (n, tool.address_condition("(*a)", tool.networks(str(network))))
                 for n, network in enumerate(networks)]))
             for (n, network), text in itertools.product(enumerate(networks), self.addresses):
                 self.assertEqual(lib["f%d" % n](ctext.address(text)), self.contains(network, text), (network, text))
@@ -153,7 +155,8 @@ class Networks(unittest.TestCase):
     def test_several_and_none(self):
         for tool in ctext.TOOLS:
             lib = ctext.library(tool, "int some(struct address *a) { return %s; }\nint none(void) { return %s; }" % (
-                tool.address_condition("(*a)", tool.networks("10.0.0.0/8,fe80::/10%3")), tool.address_condition("(*a)", [])))
+                tool.address_condition("(*a)", tool.networks("10.0.0.0/8,fe80::/10%3")),
+                tool.address_condition("(*a)", [])))
             for text, scope, expected in (("10.1.1.1", 0, 1), ("11.1.1.1", 0, 0), ("fe80::9", 3, 1), ("fe80::9", 2, 0)):
                 self.assertEqual(lib.some(ctext.address(text, scope)), expected, (text, scope))
             self.assertEqual(lib.none(), 1)

@@ -71,7 +71,7 @@ class Owners(unittest.TestCase):
         for path, expected in (("/system.slice/nginx.service", "nginx"), ("/", "/"), (None, "N/A"),
                                ("/user.slice/user-0.slice/session-3.scope", "session-3.scope"),
                                ("/system.slice/docker-%s.scope" % container, container[:12]),
-                               ("/kubepods.slice/kubepods-pod1.slice/cri-containerd-%s.scope" % container, container[:12]),
+                               ("/kubepods.slice/pod1.slice/cri-containerd-%s.scope" % container, container[:12]),
                                ("/docker/%s/init" % container, container[:12]), ("/a\x1b\udcff", "a\\x1b\\xff")):
             for tool in ctext.RINGS:
                 tool.owner_text.cache_clear()
