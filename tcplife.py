@@ -50,10 +50,14 @@ except ImportError:
         return compile_it()
 
 # ---- tcplife ----
+import bisect
+import collections
 import csv
 import ctypes
 import functools
 import io
+import itertools
+import math
 import socket
 
 examples = """examples:
@@ -366,6 +370,17 @@ JSON = ('{"ts":%.6f,%s,"ip":%d,"laddr":"%s","lport":%d,"raddr":"%s","rport":%d,"
         '"netns":%d,"inode":%s,%s,"connect_ms":%s,"accept_ms":%s,"srtt_us":%s,"retrans":%d,"partial":%s,"ooo":%d,'
         '"min_rtt_us":%s,"cwnd":%d,"mss":%d,"lost":%d%s}\n')
 
+# Of -c.
+MAX_ROWS = 10000                # of a table, besides "(others)"
+STEP = math.log(1.04)           # bucket i has the times from 1.04 ** i to 1.04 ** (i + 1) ns
+_, CONNECT, ACCEPT = range(len(ROLES))
+OPEN, FINS = list(ENDS).index("OPEN"), ("local", "remote", "both")
+OTHERS = ("(others)", "", "", ""), '"comm":null,"role":null,"raddr":null,"port":null'
+COUNT_NAMES = "COMM", "UNIT", "ROLE", "RADDR", "PORT", "N", "FAIL", "TX_KB", "RX_KB", "P50_MS", "P99_MS"
+COUNT_EXTRA_NAMES = "CONN_P99", "ACC_P99", "RETR", "OPEN", "WORST"
+COUNT_JSON = ('{"ts":%.6f,%s,"n":%d,"ends":%s,"open":%d,"tx_bytes":%d,"rx_bytes":%d,"retrans":%d,'
+              '"ms":%s,"connect_ms":%s,"accept_ms":%s%s}\n')
+
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(PROGRAM, description="Trace the lifespan of TCP sessions and summarize",
@@ -393,10 +408,14 @@ def parse_args(argv=None):
     family = parser.add_mutually_exclusive_group()
     family.add_argument("-4", "--ipv4", action="store_true", help="trace IPv4 only")
     family.add_argument("-6", "--ipv6", action="store_true", help="trace IPv6 only")
-    failed = parser.add_mutually_exclusive_group()
-    failed.add_argument("--failed", action="store_true", help="trace only sessions that did not end with FINs")
-    failed.add_argument("-i", "--interval", metavar="SECONDS", type=number(0.1, 1e9, float),
+    add("--failed", action="store_true", help="trace only sessions that did not end with FINs")
+    add("-i", "--interval", metavar="SECONDS", type=number(0.1, 1e9, float),
         help="also print the sessions that are open, every so many seconds and at the end")
+    add("-c", "--count", action="store_true",
+        help="print no sessions, but one table of how many there were, at the end or with -i every so many seconds")
+    add("--rows", metavar="N", type=number(1, 10 ** 6), help="with -c, so many rows (default: what fits the terminal)")
+    add("--by-peer", action="store_true", help="with -c, count accepts by remote address, too")
+    add("--histogram", action="store_true", help="with -c, print the distribution of MS for each row")
     add("--min-ms", metavar="MS", type=number(0, 1e9, float), default=0, help="trace only sessions that last as long")
     add("--existing", action="store_true", help="also trace sessions from before the start")
     add("--owner", choices=("accept", "close"), default="accept",
@@ -406,6 +425,12 @@ def parse_args(argv=None):
     add("--no-kprobe", action="store_true", help="trace accept() at the exit of the system call, kprobes or not")
     add_common(parser)
     args = parser.parse_args(argv)
+    if args.interval and args.failed and not args.count:
+        parser.error("-i prints open sessions, which --failed leaves out")
+    if (args.rows or args.by_peer or args.histogram) and not args.count:
+        parser.error("--rows, --by-peer and --histogram need -c")
+    if args.count and (args.csv or args.time or args.timestamp):
+        parser.error("-c has no lines for -s, -T and -t")
     args.row_format = time_format(args) + ("%-9s " if args.timestamp else "")
     args.row_format += (UNIT * args.unit).join(WIDE if args.wide else NARROW) + (EXTRA if args.extra else "") + "%s\n"
     return args
@@ -446,6 +471,8 @@ def csv_line(row):
 def header(args):
     if args.json:
         return ""
+    if args.count:
+        return "Counting TCP sessions. Ctrl-C to end.\n" * os.isatty(1)
     names = NAMES[:2] + ("UNIT",) * args.unit + NAMES[2 if args.wide or args.csv else 3:]
     names = time_names(args) + names + (EXTRA_NAMES if args.extra else ())
     return csv_line(names) if args.csv else args.row_format % names
@@ -497,12 +524,150 @@ def unaccepted(bpf):
     return [RECORD.unpack(bytes(8) + bytes(event)) for event in bpf["unclaimed"].values()]
 
 
+class Row:
+    """Sums over sessions. times and longest (in ns): of the sessions, of connect() and of accept(), as in ROLES."""
+
+    __slots__ = "ends", "longest", "netns", "owner", "retrans", "rx", "times", "tx"
+
+    def __init__(self, owner=b"", netns=0):
+        self.owner, self.netns, self.tx, self.rx, self.retrans = owner, netns, 0, 0, 0
+        self.ends, self.times, self.longest = collections.defaultdict(int), ({}, {}, {}), [0, 0, 0]
+
+    def add_time(self, role, ns):
+        """Counts a time in ns. It can be negative: the kernel's clock is not the same on all CPUs."""
+        times, bucket = self.times[role], int(math.log(ns) / STEP) if ns > 0 else 0
+        times[bucket] = times.get(bucket, 0) + 1
+        if ns > self.longest[role]:
+            self.longest[role] = ns
+
+    def merge(self, row):
+        """Adds the sums of another row."""
+        self.tx, self.rx, self.retrans = self.tx + row.tx, self.rx + row.rx, self.retrans + row.retrans
+        self.longest = [*map(max, self.longest, row.longest)]
+        for mine, counts in zip((self.ends, *self.times), (row.ends, *row.times)):
+            for key, n in counts.items():
+                mine[key] = mine.get(key, 0) + n
+
+    def sessions(self):
+        """Returns how many sessions failed, ended and are open, and {END: how many}, the most frequent first."""
+        ends = collections.Counter()
+        for (end, err), n in self.ends.items():
+            ends[fate(0, end, err)[1]] += n
+        still_open = ends.pop("open", 0)
+        ends = dict(sorted(ends.items(), key=lambda item: (-item[1], item[0])))
+        return sum([n for end, n in ends.items() if end not in FINS]), sum(ends.values()), still_open, ends
+
+    def ms(self, role, bucket):
+        """Returns the middle of a bucket in ms, which is at most 2 % off; at most the longest time."""
+        return min(math.exp((bucket + 0.5) * STEP), self.longest[role]) / 1e6
+
+    def figures(self, role):
+        """Returns P50, P99 (by nearest rank) and maximum in ms; () if there are no times."""
+        buckets = sorted(self.times[role])
+        if not buckets:
+            return ()
+        ranks = [*itertools.accumulate(map(self.times[role].get, buckets))]
+        places = [bisect.bisect_left(ranks, ranks[-1] * percent / 100) for percent in (50, 99)]
+        return (*[self.ms(role, buckets[place]) for place in places], self.longest[role] / 1e6)
+
+    def histogram(self):
+        """Returns lines in the form of bcc's tools: how many sessions lasted which power of two of ms."""
+        counts = collections.Counter()
+        for bucket, n in self.times[0].items():
+            counts[(int(self.ms(0, bucket)) >> 1).bit_length()] += n
+        return "     %-19s : count     distribution\n" % "msecs" + "".join([
+            "%10d -> %-10d : %-8d |%-40s|\n" % (power and 1 << power, (2 << power) - 1, counts[power],
+                                                "*" * (40 * counts[power] // max(counts.values())))
+            for power in range(max(counts, default=-1) + 1)])
+
+
+class Table:
+    """What -c prints: a row per owner's name, role, remote address and the server's port."""
+
+    def __init__(self, args, start):
+        self.args, self.by_peer, self.start, self.rows, self.others = args, args.by_peer, start, {}, Row()
+        self.name = slice(24, 32) if args.unit else slice(4, 20)        # in struct owner: cgroup or comm
+
+    def add(self, record):
+        """Counts a session, given as for line()."""
+        (born, ready, owner, role, _, _, _, _, _, died, tx, rx, _, raddr, lport, rport, netns, _, retrans, end, err,
+         *_) = record
+        name = owner[self.name] if owner[:4] != bytes(4) else None
+        if role == ACCEPT:
+            key = name, role, raddr if self.by_peer else None, lport
+        else:
+            key = name, role, raddr, rport if role == CONNECT else min(lport, rport)
+        row = self.rows.get(key)
+        if not row:
+            row = self.others
+            if len(self.rows) < MAX_ROWS:
+                row = self.rows[key] = Row(owner, netns)
+        row.ends[end, err] += 1
+        if end == OPEN:
+            return
+        row.tx += tx
+        row.rx += rx
+        row.retrans += retrans
+        row.add_time(0, died - (born or self.start))
+        if ready and born and role:
+            row.add_time(role, ready - born)
+
+    def take(self):
+        """Returns [((columns, JSON members), row)] in order, as many as fit, and starts again."""
+        rows, others, limit = {}, self.others, MAX_ROWS + 1
+        for (_, role, raddr, port), row in self.rows.items():
+            _, comm, unit, members = owner_text(row.owner)
+            json_comm, _, json_cgroup = members.partition(",")[2].rpartition(',"cgroup":')
+            role, _, json_fate = fate(role, 0, 0)
+            remote = address(raddr, row.netns) if raddr else None
+            members = '"cgroup":' + json_cgroup if self.args.unit else json_comm, json_fate.partition(",")[0]
+            members = '%s,%s,"raddr":%s,"port":%d' % (*members, json.dumps(remote), port)
+            names = (unit if self.args.unit else comm, role, remote or "*", port), members
+            rows.setdefault(names, Row()).merge(row)    # other bytes may be the same text
+        self.rows, self.others = {}, Row()
+        rows = sorted(rows.items(), key=lambda item: ([-n for n in item[1].sessions()[:2]], item[0]))
+        if not self.args.json and (self.args.rows or os.isatty(1)):
+            limit = self.args.rows or max(1, os.get_terminal_size(1).lines - 2)
+        if others.ends or len(rows) > limit:
+            for _, row in rows[limit - 1:]:
+                others.merge(row)
+            rows[limit - 1:] = [(OTHERS, others)]
+        return rows
+
+    def text(self):
+        """Returns the table, or what is printed in its place. Counting starts again."""
+        args, now, lines = self.args, time.time(), []
+        form = "%-16s %-7s %-39s " if args.wide else "%-12s %-7s %-15s " if args.unit else "%-10.10s %-7s %-15s "
+        form += "%-5s %5s %4s %6s %6s %8s %8s" + " %8s %8s %4s %5s %s" * args.extra + "\n"
+        if not args.json and not args.histogram:
+            lines.append(form % (COUNT_NAMES[args.unit], *COUNT_NAMES[2:], *COUNT_EXTRA_NAMES * args.extra))
+        for (columns, members), row in self.take():
+            failed, n, still_open, ends = row.sessions()
+            times = [row.figures(role) for role in range(3)]
+            if args.json:
+                lines.append(COUNT_JSON % (
+                    now, members, n, json.dumps(ends, separators=(",", ":")), still_open, row.tx, row.rx, row.retrans,
+                    *['{"p50":%.6f,"p99":%.6f,"max":%.6f}' % figures if figures else "null" for figures in times],
+                    ',"others":true' if members == OTHERS[1] else ""))
+            elif args.histogram:
+                lines.append("\n%s\n%s" % (" ".join(map(str, columns)).rstrip(), row.histogram()))
+            else:
+                (p50, p99, _), (_, connect, _), (_, accept, _) = [
+                    ["%.2f" % ms for ms in figures] or ["N/A"] * 3 for figures in times]
+                worst = next((end for end in ends if end not in FINS), "-")
+                extra = (connect, accept, row.retrans, still_open, worst) if args.extra else ()
+                lines.append(form % (*columns, n, failed, row.tx >> 10, row.rx >> 10, p50, p99, *extra))
+        return "".join(lines)
+
+
 def trace(args):
     """Prints sessions until a signal comes, the time is up or the reader of the output has gone."""
     bpf = load(args)
     read = open_events(bpf, RECORD)
     start = time.monotonic_ns()
-    due, number = start / 1e9 + (args.interval or 0), bool(args.interval)       # of the next list of open sessions
+    due = start / 1e9 + (args.interval or math.inf)             # the next list or table
+    number = bool(args.extra or args.json if args.count else args.interval)     # of the next list of open sessions
+    table = Table(args, start)
     if args.existing and learn_existing(bpf, args) is None:
         number = 0
     write(header(args))
@@ -510,11 +675,12 @@ def trace(args):
     while not stop:
         time.sleep(0.1)         # seconds that a line may be late
         stop = is_to_stop()
-        data = b""
-        if number and (stop or time.monotonic() >= due):
+        data, is_due = b"", stop or time.monotonic() >= due
+        if is_due and number:
             data = walk(bpf, number, read)
             number = 0 if data is None else number % 0xffff + 1
-            due = max(due + args.interval, time.monotonic())
+        if is_due:
+            due = max(due + (args.interval or 0), time.monotonic())
         # At the end, what nobody has accepted. One that is accepted just now is in both, with the same from its end on.
         unclaimed = unaccepted(bpf) if stop and not args.pid else []
         records = list(RECORD.iter_unpack((data or b"") + read()))
@@ -522,7 +688,12 @@ def trace(args):
             claimed = {record[9:] for record in records}
             records += {record[9:]: record for record in unclaimed if record[9:] not in claimed}.values()
         wall = time.time_ns() - time.monotonic_ns()     # every time, as the clock may have been set
-        stop = write("".join([line(args, record, start, wall) for record in records])) or stop
+        if args.count:
+            for record in records:
+                table.add(record)
+            stop = write(table.text() if is_due else "") or stop
+        else:
+            stop = write("".join([line(args, record, start, wall) for record in records])) or stop
         report(bpf)
     report(bpf, in_all=True)
 

@@ -169,6 +169,54 @@ class OneByOne(live.Alone):
                     lambda line: line["netns"] != self.netns, 2)}, play)
             actor.end()
 
+    def test_counts(self):
+        """-c says of these sessions what their lines say: exactly, but for times, which are at most 2 % off."""
+        tracers = {option: live.Tracer("tcplife", "--json", "--netns", self.netns, *option)
+                   for option in ((), ("-c",), ("-c", "--by-peer"), ("-c", "--unit", "-i", 0.5))}
+        text = live.Tracer("tcplife", "-cx", "--rows", 3, "--netns", self.netns)
+        with socket.create_server(("127.0.0.1", 0)) as listener, live.tracing(*tracers.values(), text):
+            workload.work(scenarios=["client_close", "client_reset", "refused", "server_exit"], rounds=3)
+            kept = socket.create_connection(listener.getsockname())
+            live.settle(0.3)
+        kept.close()
+        lines, *tables = (tracer.objects for tracer in tracers.values())
+
+        def count(members, lines):
+            """Returns {members: figures} of these lines."""
+            rows = collections.defaultdict(list)
+            for line in lines:
+                rows[tuple(line[name] for name in members)].append(line)
+            return {row: {
+                "n": len(lines), "tx_bytes": sum(line["tx_bytes"] for line in lines),
+                "rx_bytes": sum(line["rx_bytes"] for line in lines), "retrans": sum(line["retrans"] for line in lines),
+                "ends": dict(collections.Counter(line["end"] or line["err"] or "N/A" for line in lines)),
+                "max": max(line["ms"] for line in lines)} for row, lines in rows.items()}
+        for line in lines:
+            line.update(port=line["rport"] if line["role"] == "connect" else line["lport"], peer=line["raddr"])
+            if line["role"] == "accept":
+                line["raddr"] = None
+        for table, members in zip(tables, (["comm", "role", "raddr", "port"], ["comm", "role", "peer", "port"],
+                                           ["cgroup", "role", "raddr", "port"])):
+            if members[0] == "cgroup":          # one table every half a second: their sums
+                self.assertGreater(len({row["ts"] for row in table}), 1)
+                found = collections.Counter()
+                for row in table:
+                    found[tuple(row[name] for name in members)] += row["n"]
+                expected = {key: row["n"] for key, row in count(members, lines).items()}
+                self.assertEqual({key: n for key, n in found.items() if n}, expected)
+                continue
+            names = [name if name != "peer" else "raddr" for name in members]
+            expected, found = count(members, lines), {tuple(row[name] for name in names): row for row in table}
+            for key, figures in expected.items():
+                row = found[key]
+                self.assertEqual({name: row[name] for name in figures if name != "max"},
+                                 {name: value for name, value in figures.items() if name != "max"}, key)
+                self.assertAlmostEqual(row["ms"]["max"], figures["max"], delta=MS)
+            self.assertEqual(sum(row["open"] for row in table), 2)         # both ends of the one that is kept
+        self.assertEqual(len(text.lines), 4)
+        self.assertEqual(text.lines[0].split()[-5:], ["CONN_P99", "ACC_P99", "RETR", "OPEN", "WORST"])
+        self.assertTrue(text.lines[3].startswith("(others)"))
+
     def test_no_port_is_left(self):
         """connect() fails before it has sent anything: nobody gave up, nothing was refused."""
         with socket.create_server(("127.0.0.1", 0)) as listener, live.local_ports(40000, 40000), \

@@ -36,6 +36,7 @@ TREE = pathlib.Path(tempfile.gettempdir()) / "tcp-tracers-tree"
 TOOLS = {
     "tcplife": (["tcplife"], 2, {"libbpf-tools": ["/usr/sbin/tcplife"], "bpfcc-tools": ["/usr/sbin/tcplife-bpfcc"]}),
     "tcplife --json": (["tcplife", "--json"], 2, {}),
+    "tcplife -c": (["tcplife", "-c"], None, {}),
     "tcplife --owner close": (["tcplife", "--owner", "close"], 2, {}),
     "tcpaccept": (["tcpaccept"], 1, {"bpfcc-tools": ["/usr/sbin/tcpaccept-bpfcc"]}),
     "tcpv4connect": (["tcpv4connect"], 1, {"bpfcc-tools": ["/usr/sbin/tcpconnect-bpfcc", "-4"]}),

@@ -179,7 +179,7 @@ class Arguments(unittest.TestCase):
 
     def test_bad_arguments_exit_2(self):
         for wrong in (["-p", "x"], ["-p", "٣"], ["-L", "1,,2"], ["-4", "-6"], ["--duration", "1_0"], ["-i", "0"],
-                      ["-i", "1", "--failed"]):
+                      ["-i", "1", "--failed"], ["--rows", "3"], ["-c", "-s"], ["-c", "--rows", "0"]):
             with self.assertRaises(SystemExit) as caught, contextlib.redirect_stderr(io.StringIO()):
                 tcplife.parse_args(wrong)
             self.assertEqual(caught.exception.code, 2)
