@@ -229,7 +229,7 @@ static inline void emit(void *ctx, struct sock *sk, struct sk_buff *skb, struct 
     e->oldstate = oldstate;
     e->state = state;
     e->detail = detail;
-    e->inode = listener ? inode_of(listener) : event == SEND_RESET ? 0 : inode_of(sk);
+    e->inode = event == SEND_RESET ? 0 : INODE_OF(listener ?: sk);
     e->backlog = listener ? READ(listener, sk_ack_backlog) : 0;
     e->max_backlog = listener ? READ(listener, sk_max_ack_backlog) : 0;
     e->stack_size = 0;
@@ -1034,6 +1034,7 @@ def filters(args):
     return {"IS_WANTED_PROCESS(o)": " && ".join(["(%s)" % condition for condition in owner]),
             "IS_WANTED_OWNER(o)": "(o)->wanted" if set(owner) != {"true"} or args.cgroup else "true",
             "CGROUP_FILTER": int(args.cgroup is not None), "CGROUP_IDS": int(args.json or option("unit") is True),
+            "INODE_OF(sk)": "inode_of(sk)" if args.json else "0",
             "IS_WANTED_PEER(e)": " && ".join(["(%s)" % condition for condition in peer]),
             "IS_WANTED_LPORT(port)": any_of("(port) == %d", option("lport")),
             "FILTERS": int(set(peer) != {"true"} or bool(option("lport")))}

@@ -90,7 +90,7 @@ static inline void accepted(struct sock *sk)
         return;
     set_owner(&e.owner);
     read_endpoints(&e.ends, sk);
-    e.inode = inode_of(sk);
+    e.inode = INODE_OF(sk);
     if (!IS_WANTED_OWNER(&e.owner) || !IS_WANTED_PEER(&e.ends) || !IS_WANTED_LPORT(e.ends.lport))
         return;
     if (events.ringbuf_output(&e, sizeof(e), BPF_RB_NO_WAKEUP))
@@ -622,6 +622,7 @@ def filters(args):
     return {"IS_WANTED_PROCESS(o)": " && ".join(["(%s)" % condition for condition in owner]),
             "IS_WANTED_OWNER(o)": "(o)->wanted" if set(owner) != {"true"} or args.cgroup else "true",
             "CGROUP_FILTER": int(args.cgroup is not None), "CGROUP_IDS": int(args.json or option("unit") is True),
+            "INODE_OF(sk)": "inode_of(sk)" if args.json else "0",
             "IS_WANTED_PEER(e)": " && ".join(["(%s)" % condition for condition in peer]),
             "IS_WANTED_LPORT(port)": any_of("(port) == %d", option("lport")),
             "FILTERS": int(set(peer) != {"true"} or bool(option("lport")))}

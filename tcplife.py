@@ -151,7 +151,7 @@ static inline void recall(struct sock *sk, struct session *s)
     s->syn = s->role == CONNECT && READ((struct tcp_sock *)sk, segs_out);
     s->tx_seen = READ((struct tcp_sock *)sk, bytes_acked);
     s->rx_seen = READ((struct tcp_sock *)sk, bytes_received);
-    s->inode = inode_of(sk);
+    s->inode = INODE_OF(sk);
     if (holder)
         s->owner = *holder;
 }
@@ -171,7 +171,7 @@ static inline void birth(struct sock *sk, u8 role)
     }
     if (role == CONNECT) {
         set_owner(&s.owner);
-        s.inode = inode_of(sk);
+        s.inode = INODE_OF(sk);
     }
     if (role == EXISTED)
         recall(sk, &s);
@@ -204,7 +204,7 @@ static inline struct session *own(struct sock *sk)
     s = sessions.lookup(&sk);   /* again: a softirq may have ended it and given its memory to another one */
     if (s) {
         s->owner = o;
-        s->inode = inode_of(sk);
+        s->inode = INODE_OF(sk);
     }
     return s;
 }
@@ -303,7 +303,7 @@ static inline void claim(struct sock *sk, u64 accepted)
         return;
     e.session.ready = accepted;
     set_owner(&e.session.owner);
-    e.session.inode = inode_of(sk);
+    e.session.inode = INODE_OF(sk);
     submit(&e);
 }
 
@@ -534,7 +534,7 @@ class Row:
         self.ends, self.times, self.longest = collections.defaultdict(int), ({}, {}, {}), [0, 0, 0]
 
     def add_time(self, role, ns):
-        """Counts a time in ns. It can be negative: the kernel's clock is not the same on all CPUs."""
+        """Counts a time in ns."""
         times, bucket = self.times[role], int(math.log(ns) / STEP) if ns > 0 else 0
         times[bucket] = times.get(bucket, 0) + 1
         if ns > self.longest[role]:
@@ -627,7 +627,7 @@ class Table:
         self.rows, self.others = {}, Row()
         rows = sorted(rows.items(), key=lambda item: ([-n for n in item[1].sessions()[:2]], item[0]))
         if not self.args.json and (self.args.rows or os.isatty(1)):
-            limit = self.args.rows or max(1, os.get_terminal_size(1).lines - 2)
+            limit = self.args.rows or max(1, (os.get_terminal_size(1).lines or 24) - 2)
         if others.ends or len(rows) > limit:
             for _, row in rows[limit - 1:]:
                 others.merge(row)
@@ -1167,6 +1167,7 @@ def filters(args):
     return {"IS_WANTED_PROCESS(o)": " && ".join(["(%s)" % condition for condition in owner]),
             "IS_WANTED_OWNER(o)": "(o)->wanted" if set(owner) != {"true"} or args.cgroup else "true",
             "CGROUP_FILTER": int(args.cgroup is not None), "CGROUP_IDS": int(args.json or option("unit") is True),
+            "INODE_OF(sk)": "inode_of(sk)" if args.json else "0",
             "IS_WANTED_PEER(e)": " && ".join(["(%s)" % condition for condition in peer]),
             "IS_WANTED_LPORT(port)": any_of("(port) == %d", option("lport")),
             "FILTERS": int(set(peer) != {"true"} or bool(option("lport")))}

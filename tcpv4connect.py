@@ -130,7 +130,7 @@ static inline void attempt(struct sock *sk)
     e.uid = bpf_get_current_uid_gid();
     if (!IS_WANTED_OWNER(&e.owner))
         return;
-    e.inode = inode_of(sk);
+    e.inode = INODE_OF(sk);
     e.ts = bpf_ktime_get_ns();
     if (!RESULTS)
         submit(&e);
@@ -627,6 +627,7 @@ def filters(args):
     return {"IS_WANTED_PROCESS(o)": " && ".join(["(%s)" % condition for condition in owner]),
             "IS_WANTED_OWNER(o)": "(o)->wanted" if set(owner) != {"true"} or args.cgroup else "true",
             "CGROUP_FILTER": int(args.cgroup is not None), "CGROUP_IDS": int(args.json or option("unit") is True),
+            "INODE_OF(sk)": "inode_of(sk)" if args.json else "0",
             "IS_WANTED_PEER(e)": " && ".join(["(%s)" % condition for condition in peer]),
             "IS_WANTED_LPORT(port)": any_of("(port) == %d", option("lport")),
             "FILTERS": int(set(peer) != {"true"} or bool(option("lport")))}

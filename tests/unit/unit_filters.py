@@ -117,7 +117,8 @@ class Conditions(unittest.TestCase):
     def test_only_numbers_reach_the_c_text(self):
         """All else in the compiler's flags is written in the tools."""
         words = {"true", "int", "u", "ull", "e", "o", "port", "uid", "event", "ctx", "args", "pid", "netns", "lport",
-                 "rport", "laddr", "raddr", "word", "scope", "IS_IPV4", "comm", "wanted", "bpf_get_current_uid_gid"}
+                 "rport", "laddr", "raddr", "word", "scope", "IS_IPV4", "comm", "wanted", "inode_of", "sk",
+                 "bpf_get_current_uid_gid"}
         for tool in ctext.TOOLS:
             for options in {**COMMON, **OPTIONS[tool.PROGRAM]}:
                 for flag in tool.cflags(ctext.parse(tool, *options.split()))[1:]:
