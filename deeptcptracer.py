@@ -4,7 +4,8 @@
 #                For Linux, uses bcc, eBPF.
 #
 # usage: deeptcptracer [-h] [-p PID] [-t] [-m] [-K] [-s ADDRESS] [-d ADDRESS] [-S PORT] [-D PORT] [-e LIST | -R]
-#                      [-4 | -6] [--json] [--no-kprobe] [-N NETNS] [--duration SECONDS] [--ebpf] [--version]
+#                      [-4 | -6] [--json] [--unit] [--no-kprobe] [--name NAME] [--uid UID] [--cgroup PATH] [-N NETNS]
+#                      [--duration SECONDS] [--ebpf] [--version]
 #
 # Prints one line per event: the process that owns the socket, the local and the remote address, the TCP state, the
 # socket's error or the reason of a RST; with -m how long a state lasted, with -K the kernel stack below it.

@@ -3,8 +3,9 @@
 # tcpaccept  Trace TCP accepts.
 #            For Linux, uses bcc, eBPF.
 #
-# usage: tcpaccept [-h] [-t] [-p PID] [-T] [-P PORT] [-4 | -6] [-r] [--cgroupmap PATH] [--mntnsmap PATH] [--json]
-#                  [--no-kprobe] [--netns NETNS] [--duration SECONDS] [--ebpf] [--version]
+# usage: tcpaccept [-h] [-t] [-p PID] [-T] [-P PORT] [--laddr ADDRESS] [--raddr ADDRESS] [-4 | -6] [-r]
+#                  [--cgroupmap PATH] [--mntnsmap PATH] [--json] [--unit] [--no-kprobe] [--name NAME] [--uid UID]
+#                  [--cgroup PATH] [--netns NETNS] [--duration SECONDS] [--ebpf] [--version]
 #
 # Prints one line per passive connection that a process has accepted: the process that called accept(), not the one that
 # listens, and the addresses. Connections that nobody accepts are not shown.

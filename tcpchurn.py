@@ -3,8 +3,10 @@
 # tcpchurn  Count the TCP accepts, opens and closes of a process over sliding time windows.
 #           For Linux, uses bcc, eBPF.
 #
-# usage: tcpchurn [-h] [-c | --json | --prometheus FILE] [-p] [-w SECONDS [SECONDS ...]] [-i SECONDS] [-a]
-#                 [--no-kprobe] [--netns NETNS] [--duration SECONDS] [--ebpf] [--version] PID
+# usage: tcpchurn [-h] [-c | --json | --prometheus FILE] [--raddr ADDRESS] [-p] [-w SECONDS [SECONDS ...]] [-i SECONDS]
+#                 [-a] [-o] [--no-kprobe] [--name NAME] [--uid UID] [--cgroup PATH] [--netns NETNS]
+#                 [--duration SECONDS] [--ebpf] [--version]
+#                 PID
 #
 # O counts connections that the process opened: accept() calls that returned one, and connect() attempts. C counts those
 # that ended on this side: the process sent its FIN (close, shutdown, exit), or the connection was torn down (reset,

@@ -3,9 +3,10 @@
 # tcplife  Trace the lifespan of TCP sessions and summarize.
 #          For Linux, uses bcc, eBPF.
 #
-# usage: tcplife [-h] [-T] [-t] [-w | -s | --json] [-x] [-p PID] [-L LOCALPORT] [-D REMOTEPORT] [-4 | -6]
-#                [--failed | -i SECONDS] [--existing] [--owner {accept,close}] [--no-kprobe] [--netns NETNS]
-#                [--duration SECONDS] [--ebpf] [--version]
+# usage: tcplife [-h] [-T] [-t] [-w | -s | --json] [-x] [-p PID] [-L LOCALPORT] [-D REMOTEPORT] [--laddr ADDRESS]
+#                [--raddr ADDRESS] [-4 | -6] [--failed] [-i SECONDS] [-c] [--rows N] [--by-peer] [--histogram]
+#                [--min-ms MS] [--existing] [--owner {accept,close}] [--unit] [--no-kprobe] [--name NAME] [--uid UID]
+#                [--cgroup PATH] [--netns NETNS] [--duration SECONDS] [--ebpf] [--version]
 #
 # Prints one line per finished session: the process that owns the socket, addresses, ports, bytes each way and
 # milliseconds; with -x also how it ended. Failed connects are shown, too.
@@ -72,6 +73,7 @@ examples = """examples:
   ./tcplife -x --failed  # only sessions that failed, and how
   ./tcplife --netns web  # only trace the network namespace web
   ./tcplife -x --existing -i 1 --duration 1     # list what is open now
+  ./tcplife -c --duration 10                    # count by owner, peer and port
 """
 
 PROGRAM = "tcplife"

@@ -3,7 +3,8 @@
 # tcpv4connect  Trace TCP IPv4 connects.
 #               For Linux, uses bcc, eBPF.
 #
-# usage: tcpv4connect [-h] [-t] [-p PID] [-T] [-U] [-u UID] [-P PORT] [-r] [--failed] [--json] [--netns NETNS]
+# usage: tcpv4connect [-h] [-t] [-p PID] [-T] [-U] [-P PORT] [--saddr ADDRESS] [--daddr ADDRESS] [-r] [--min-ms MS]
+#                     [--failed] [--unit] [--json] [--name NAME] [-u UID] [--cgroup PATH] [--netns NETNS]
 #                     [--duration SECONDS] [--ebpf] [--version]
 #
 # Prints one line for each active IPv4 connection that a process attempts: when it starts, or with -r when its result is

@@ -5,6 +5,7 @@ import pathlib
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 import unittest
 
@@ -43,7 +44,10 @@ class Owners(live.Alone):
     def setUpClass(cls):
         super().setUpClass()
         if not tcplife.cgroup_mount():
-            raise unittest.SkipTest("this machine has no cgroup v2")
+            folder = tempfile.mkdtemp()
+            subprocess.run(["mount", "-t", "cgroup2", "cgroup2", folder], check=True)
+            cls.addClassCleanup(subprocess.run, ["umount", folder], check=True)
+            tcplife.cgroup_mount.cache_clear()
         cls.top = pathlib.Path(tcplife.cgroup_mount(), "tcpt-%d" % os.getpid())
         cls.cgroups = [cls.top, cls.top / "shop.service", cls.top / ("docker-%s.scope" % ("0123456789abcdef" * 4))]
         for cgroup in cls.cgroups:
@@ -128,6 +132,26 @@ class Owners(live.Alone):
         with live.Tracer("tcpchurn", visitors[0].pid, "--json") as churn:
             pass
         self.assertEqual(churn.objects[-1]["cgroup"], paths[0])
+
+    def test_where_cgroups_are_not_all_seen(self):
+        """With cgroup v1 only, and in a cgroup namespace, where paths start at its root."""
+        visitors, mount = self.visitors(), tcplife.cgroup_mount()
+        none, some = (live.Tracer("tcplife", "--json", "--netns", self.netns) for _ in range(2))
+        none.command[:0] = ["unshare", "--mount", "sh", "-c", "umount %s && exec \"$@\"" % mount, "sh"]
+        inside = "umount %s && mount -t cgroup2 cgroup2 %s && exec \"$@\"" % (mount, mount)
+        some.command[:0] = ["sh", "-c", "echo $$ >%s/cgroup.procs && exec unshare --cgroup --mount \"$@\"" % self.top,
+                            "sh", "sh", "-c", inside, "sh"]
+        with live.tracing(none, some):
+            for visitor in visitors:
+                visitor.do(1)
+        self.assertEqual({line["cgroup"] for line in none.objects}, {None})
+        self.assertEqual({(line["pid"], line["cgroup"]) for line in some.objects}, {
+            (visitors[0].pid, "/" + self.cgroups[1].name), (visitors[1].pid, "/" + self.cgroups[2].name),
+            (visitors[2].pid, None)})
+        command = [*none.command[:6], *none.command[6:8], "--cgroup", "/"]
+        result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        self.assertEqual((result.returncode, result.stderr.splitlines()[-1]),
+                         (2, "tcplife: error: argument --cgroup: not a cgroup v2: '/'"))
 
     def test_a_cgroup_that_has_gone(self):
         """Its path is still known if a line has shown it before; else it is null."""

@@ -258,11 +258,11 @@ class OneByOne(live.Alone):
             ended = time.monotonic()
         self.assertEqual(every.lines[0].split(),
                          "TIME(s) UID PID COMM SADDR DADDR DPORT LPORT MS RESULT RETR".split())
-        self.assertEqual([line.split()[-4:-2] + line.split()[-1:] for line in every.lines[1:]],
-                         [[str(port), "N/A", "pending"]] * 5)
+        self.assertEqual([line.split()[-5:-3] + line.split()[-2:] for line in every.lines[1:]],
+                         [[str(port), "N/A", "pending", "0"]] * 5)
         self.assertEqual([(line["result"], line["err"], line["lport"]) for line in few.objects],
                          [("pending", None, None)] * 2)
-        for ms in [float(line.split()[-2]) for line in every.lines[1:]] + [line["ms"] for line in few.objects]:
+        for ms in [float(line.split()[-3]) for line in every.lines[1:]] + [line["ms"] for line in few.objects]:
             self.assertTrue(1000 * (slept - called) - 0.2 <= ms <= 1000 * (ended - began), ms)
         self.assertRegex(few.stderr, "in all 3 connects lost: the map of attempts was full\n$")
 
