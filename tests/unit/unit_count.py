@@ -61,7 +61,7 @@ class Text(unittest.TestCase):
     def test_table(self):
         made = table(record(), record(end="abort"), record(end="quit", err=111))
         self.assertEqual(made.text(), TABLE)
-        self.assertEqual(made.text(), TABLE.splitlines(True)[0])        # starts anew
+        self.assertEqual(made.text(), TABLE.splitlines(True)[0])        # starts again
 
     def test_extra_columns(self):
         made = table(record(ready=1004000000), record(end="quit", err=111), record(end="open"), extra=True)
