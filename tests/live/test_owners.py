@@ -233,6 +233,25 @@ class Figures(live.Alone):
         self.assertEqual([live.timeless(line) for line in slow],
                          [live.timeless(line) for line in every if line["ms"] >= 100])
 
+    def test_what_is_lost_on_the_way_here(self):
+        """It shows in no RETR of this end, but in OOO."""
+        with socket.create_server(("127.0.0.1", 0)) as listener, \
+                live.Tracer("tcplife", "--json", "--netns", self.netns) as tracer:
+            client, server = own.pair(listener)
+            with client, server:
+                server.send(b"x")
+                client.recv(1)
+                workload.deaf(server)
+                client.send(b"lost")
+                workload.hear(server)
+                client.send(b"early")
+                workload.receive(server, 9)
+                port = listener.getsockname()[1]
+        figures = {line["lport"] == port: (line["ooo"], line["retrans"] > 0) for line in tracer.objects}
+        self.assertEqual(figures, {True: (1, False), False: (0, True)})
+        for line in tracer.objects:
+            self.assertTrue(line["min_rtt_us"] <= line["srtt_us"] * 1.5 and line["cwnd"] > 0 and line["mss"] > 500, line)
+
     @live.by_timer
     def test_a_lost_syn(self):
         """RETR tells it from a slow peer; --min-ms leaves the quick ones out."""

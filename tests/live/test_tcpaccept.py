@@ -64,6 +64,8 @@ class OneByOne(live.Alone):
                 ("-P", "1,%d" % port): (lambda line: line["lport"] == port, 1),
                 ("-4",): (lambda line: line["ip"] == 4, 4),
                 ("-6",): (lambda line: line["ip"] == 6, 1),
+                ("--raddr", "!::1"): (lambda line: line["ip"] == 4, 4),
+                ("--laddr", "::/0"): (lambda line: line["ip"] == 6, 1),
                 ("--netns", self.namespaces.client): (lambda line: line["netns"] == self.netns, 4),
                 ("--netns", self.namespaces.inode(self.namespaces.server), "-p", os.getpid()): (
                     lambda line: line["netns"] != self.netns, 1)}, play)

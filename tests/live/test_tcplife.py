@@ -163,6 +163,8 @@ class OneByOne(live.Alone):
                 ("-D", ports[1]): (lambda line: line["rport"] == ports[1], 1),
                 ("-4",): (lambda line: line["ip"] == 4, 8),
                 ("-6",): (lambda line: line["ip"] == 6, 2),
+                ("--raddr", "!127.0.0.0/8,::/0"): (lambda line: line["ip"] == 6, 2),
+                ("--laddr", "127.0.0.1"): (lambda line: line["ip"] == 4, 8),
                 ("--failed",): (lambda line: not ended_with_fins(line), 2),
                 ("--netns", self.namespaces.client): (lambda line: line["netns"] == self.netns, 8),
                 ("--netns", self.namespaces.inode(self.namespaces.server), "-4"): (

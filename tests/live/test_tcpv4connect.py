@@ -127,6 +127,7 @@ class OneByOne(live.Alone):
                 ("-P", "%d,%d" % ports): (lambda line: line["dport"] in ports, 4),
                 ("-u", uid): (lambda line: line["uid"] == uid, 2),
                 ("-u", 0): (lambda line: line["uid"] == 0, 3),
+                ("--saddr", "0.0.0.0/0", "-P", nobody[1]): (lambda line: line["dport"] == nobody[1], 3),
                 ("--netns", self.namespaces.client): (lambda line: line["netns"] == self.netns, 4)}
             self.check_filters("tcpv4connect", filters, play)
             # These are chosen by the program in the same place.
