@@ -1132,11 +1132,13 @@ def learn_existing(bpf, args, *pids):
         table[table.Key(inode)] = holders[inode]
     with open("/proc/self/status") as status:
         capabilities = int(re.search(r"CapEff:\s*(\w+)", status.read())[1], 16)
-    if (is_hidden or not pids) and not (capabilities >> 19 & 1 and capabilities & 6):
+    is_blind = not (capabilities >> 19 & 1 and capabilities & 6)
+    if is_blind and (is_hidden or not pids):
         say("owners of sockets from before the start not known: needs CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH")
     if len(holders) > MAX_SOCKETS:
         say("%d owners of sockets from before the start not known: the map was full" % (len(holders) - MAX_SOCKETS))
-    return None if walk(bpf) is None else not is_hidden and len(holders) <= MAX_SOCKETS
+    is_known = len(holders) <= MAX_SOCKETS and not (is_hidden and (pids or is_blind))
+    return None if walk(bpf) is None else is_known
 
 
 def walk(bpf, what=0, read=bytes):
