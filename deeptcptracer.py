@@ -387,8 +387,8 @@ def parse_args(argv=None):
         help="comma-separated list of remote ports to trace.")
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("-e", "--events", metavar="LIST", type=event_list, default=DEFAULT_EVENTS,
-        help="comma-separated list of the events to trace: " +
-             ", ".join(name.partition("(")[0] for name in EVENT_NAMES) + " (default: all but the last)")
+        help="comma-separated list of the events to trace (default: all but the last): " +
+             ", ".join(name.partition("(")[0] for name in EVENT_NAMES))
     chosen.add_argument("-R", "--retransmissions", action="store_const", dest="events",
         const=event_list("tcp_retransmit_skb,tcp_retransmit_synack"), help="trace retransmissions only")
     family = parser.add_mutually_exclusive_group()

@@ -248,8 +248,9 @@ class Package(unittest.TestCase):
                 ("tcpv4connect --netns b", "tcpv4connect --netns blue "),
                 ("deeptcptracer -N ", "deeptcptracer -N blue "),
                 ("deeptcptracer -e sock", "deeptcptracer -e sock_def_error_report"),
-                ("deeptcptracer -e tcp_reset,tcp_ret", "deeptcptracer -e tcp_reset,tcp_retransmit_skb"),
-                ("deeptcptracer --events=tcp_reset,tcp_re", "deeptcptracer --events=tcp_reset,tcp_retransmit_skb"),
+                ("deeptcptracer -e tcp_reset,tcp_send_r", "deeptcptracer -e tcp_reset,tcp_send_reset"),
+                ("deeptcptracer --events=tcp_reset,tcp_retransmit_sk",
+                 "deeptcptracer --events=tcp_reset,tcp_retransmit_skb"),
                 ("tcplife -L ", "tcplife -L "),
                 ("tcpchurn -i ", "tcpchurn -i ")):
             with self.subTest(typed=typed):
