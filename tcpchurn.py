@@ -1068,23 +1068,25 @@ def attach_accept(bpf, args):
 
 # ---- losses ----
 LOST = {}                       # what: how often since the start, as far as it is certain. No number ever falls.
-SKIPS = []                      # how often programs had been skipped at the start, and when this was last asked
+SKIPS = []                      # how often programs had been skipped at the start, when this was last asked; and when
 # A program that may be skipped: the first ones handle the same events, and what is left of a socket is dropped later.
 HARMLESS = {b"tracepoint_set_state_second", b"tracepoint_accept_second", b"tracepoint_destroy"}
 
 
-def report(bpf, in_all=False):
-    """Prints what has been lost since the last call, and at the end what has been lost in all."""
+def report(bpf, in_all=False, pause=0):
+    """Prints what has been lost since the last call, and at the end what in all. Not again within pause seconds."""
+    if SKIPS and time.monotonic() < SKIPS[2] + pause:
+        return
     *counts, skipped, rescued, _ = (count.value for count in bpf["lost"].values())
     for name, function in bpf.funcs.items():
         if name not in HARMLESS:
             with open("/proc/self/fdinfo/%d" % function.fd) as info:
                 skipped += sum(int(n) for n in re.findall(r"recursion_misses:\s*(\d+)", info.read()))
     if not SKIPS:
-        SKIPS[:] = skipped - rescued, skipped
+        SKIPS[:] = skipped - rescued, skipped, 0
     # What was skipped up to the last call and is not rescued by now: the second program runs right after the first.
     counts.append(SKIPS[1] - SKIPS[0] - rescued)
-    SKIPS[1] = skipped
+    SKIPS[1:] = skipped, time.monotonic()
     for what, count in zip(LOSSES.values(), counts):
         if count > LOST.setdefault(what, 0):
             say("%d %s" % (count - LOST[what], what))
@@ -1136,6 +1138,8 @@ def die(message):
 
 def write(text):
     """Prints all of it now. Returns True if the tool is to stop and nobody has read for a second."""
+    if not text:
+        return False
     output = Output(1, text)
     while output.is_alive():
         left = len(output.rest)

@@ -137,6 +137,7 @@ class Reader(unittest.TestCase):
                         ring.commit(chance.randrange(len(ring.busy)))
             numbers = []
             for _ in range(500):
+                others()
                 numbers += ring.read(others)
             while ring.busy:
                 ring.commit()
