@@ -375,7 +375,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("-p", "--pid", type=processes, help="trace this PID only (or comma-separated ones)")
     add("-t", "--timestamp", action="count", default=0,
-        help="include timestamp on output (HH:MM:SS.mmm; -tt: with the date)")
+        help="include timestamp on output (HH:MM:SS.mmm); given twice, with the date")
     add("-m", "--ms", action="store_true", help="include how many milliseconds the old state lasted")
     add("-K", "--kstack", action="store_true", help="include the kernel stack")
     add("-s", "--saddr", dest="laddr", metavar="ADDRESS", type=networks,

@@ -191,7 +191,7 @@ def parse_args(argv=None):
     add("-t", "--timestamp", action="store_true", help="include timestamp on output")
     add("-p", "--pid", type=processes, help="trace this PID only (or comma-separated ones)")
     add("-T", "--time", action="count", default=0,
-        help="include time column on output (HH:MM:SS; -TT: with date and milliseconds)")
+        help="include time column on output (HH:MM:SS); given twice, with date and milliseconds")
     add("-P", "--port", dest="lport", metavar="PORT", type=ports, help="comma-separated list of local ports to trace.")
     add("--laddr", dest="laddr", metavar="ADDRESS", type=networks,
         help="comma-separated list of local addresses or networks; ! excludes")

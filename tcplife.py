@@ -389,7 +389,7 @@ def parse_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)
     add = parser.add_argument
     add("-T", "--time", action="count", default=0,
-        help="include time column on output (HH:MM:SS; -TT: with date and milliseconds)")
+        help="include time column on output (HH:MM:SS); given twice, with date and milliseconds")
     add("-t", "--timestamp", action="store_true", help="include timestamp on output (seconds)")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("-w", "--wide", action="store_true", help="wide column output (fits IPv6 addresses)")

@@ -169,7 +169,7 @@ def parse_args(argv=None):
     add("-t", "--timestamp", action="store_true", help="include timestamp on output")
     add("-p", "--pid", type=processes, help="trace this PID only (or comma-separated ones)")
     add("-T", "--time", action="count", default=0,
-        help="include time column on output (HH:MM:SS; -TT: with date and milliseconds)")
+        help="include time column on output (HH:MM:SS); given twice, with date and milliseconds")
     add("-U", "--print-uid", action="store_true", help="include UID on output")
     add("-P", "--port", dest="rport", metavar="PORT", type=ports,
         help="comma-separated list of destination ports to trace.")
