@@ -80,7 +80,7 @@ PROGRAM = "tcplife"
 KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "pid", "pid_namespace", "files_struct", "fdtable", "file",
                 "socket_alloc", "mptcp_sock", "sock_flags", "sock_exterr_skb", "sk_buff", "inet_bind_bucket", "nsproxy",
                 "inet_hashinfo", "inet_ehash_bucket", "hlist_nulls_node"]
-MAX_SOCKETS = 1 << 18           # live sockets: 33 MB of kernel memory
+MAX_SOCKETS = 1 << 18           # live sockets: 38 MB of kernel memory
 MAX_UNCLAIMED = 1 << 14         # sessions that ended before accept() returned them
 RING_PAGES = (8 << 20) // mmap.PAGESIZE         # 8 MiB: a second of the fastest load measured
 # Names in the C text, where they are numbers in this order, and what is printed.

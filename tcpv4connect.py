@@ -64,7 +64,7 @@ examples = """examples:
 
 PROGRAM = "tcpv4connect"
 KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "pid", "pid_namespace", "socket_alloc", "sock_exterr_skb", "sk_buff"]
-MAX_ATTEMPTS = 1 << 17          # connects under way at once, with -r: 22 MB of kernel memory
+MAX_ATTEMPTS = 1 << 17          # connects under way at once, with -r: 25 MB of kernel memory
 RING_PAGES = (4 << 20) // mmap.PAGESIZE         # 4 MiB: a second of the fastest load measured
 # Names in the C text, where they are numbers in this order, and what is printed.
 LOSSES = {"LOST_EVENT": "connects lost: the ring buffer was full",
