@@ -684,7 +684,8 @@ def trace(args):
         if is_due:
             due = max(due + (args.interval or 0), time.monotonic())
         # At the end, what nobody has accepted. One that is accepted just now is in both, with the same from its end on.
-        unclaimed = unaccepted(bpf) if stop and not args.pid else []
+        wants_all = not (args.pid or args.name or args.uid or args.cgroup)
+        unclaimed = unaccepted(bpf) if stop and wants_all else []
         records = list(RECORD.iter_unpack((data or b"") + read()))
         if unclaimed:
             claimed = {record[9:] for record in records}

@@ -222,17 +222,17 @@ class Right(live.Alone):
         A reader of standard error who goes away does not end the tool.
         """
         where = "--json", "--netns", self.netns
-        every, one = live.Tracer("tcplife", *where), live.Tracer("tcplife", *where, "-p", 1)
+        every, one, named = (live.Tracer("tcplife", *where, *option) for option in ((), ("-p", 1), ("--uid", 7)))
         few, unheard = (kind("tcplife", *where, check=False, pretend={"MAX_UNCLAIMED": 1})
                         for kind in (live.Tracer, Unheard))
-        with socket.create_server(("127.0.0.1", 60)) as listener, live.tracing(every, one, few, unheard):
+        with socket.create_server(("127.0.0.1", 60)) as listener, live.tracing(every, one, named, few, unheard):
             for _ in range(10):
                 workload.reset(socket.create_connection(listener.getsockname()))
             live.settle(0.3)
             with socket.create_server(("127.0.0.1", 61)) as other:
                 connect(other)
         self.assertEqual([line["pid"] for line in every.objects if line["lport"] == 60], [None] * 10)
-        self.assertEqual(one.lines, [])
+        self.assertEqual((one.lines, named.lines), ([], []))
         self.assertEqual([line["pid"] for line in few.objects if line["lport"] == 60], [None])
         self.assertEqual(live.losses(few), {"sessions lost: the map of unaccepted sessions was full": 9})
         for tracer in few, unheard:
