@@ -1296,7 +1296,7 @@ def walk(bpf, what=0, read=bytes):
         tables = mmap.mmap(bpf["tables"].map_fd, 512 * 8, prot=mmap.PROT_READ)
         for table in {*memoryview(tables).cast("Q")[:count]} - {0}:
             bucket = again = 0
-            while bucket != 0xffffffff:
+            while bucket != 0xffffffff and missed < 1000:       # more if the table goes away with its namespace
                 start, bucket = bucket, call("walk_table", table, bucket, what)
                 again = again + 1 if bucket == start else 0
                 missed += again == 100
