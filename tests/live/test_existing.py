@@ -177,7 +177,7 @@ class Existing(live.Alone):
         process = load.start(400000, 2, 0, 5001)
         try:
             with live.Tracer("tcplife", "--existing", "-i", 0.1, "--json", "--netns", self.netns) as tracer:
-                for _ in range(5):
+                for _ in range(3):
                     found = open_sessions("-p", actor.pid)
                     self.assertEqual([line["pid"] for line in found], [actor.pid] * 200)
                     self.assertEqual(len({key(line) for line in found}), 200)
