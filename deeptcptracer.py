@@ -425,7 +425,7 @@ def cflags(args):
     return flags({
         **filters(args),
         "RING_PAGES": RING_PAGES, "RECORD_SIZE": record_of(args).size - 8,
-        "MAX_SOCKETS": MAX_SOCKETS, "MAX_HOLDERS": MAX_SOCKETS,
+        "MAX_SOCKETS": MAX_SOCKETS, "MAX_HOLDERS": MAX_SOCKETS, "WALKS": 1,
         "STACK_DEPTH": STACK_DEPTH if args.kstack else 0, "STATE_TIME": int(args.ms),
         # arguments that a tracepoint may lack; with an error nothing was sent
         "ERR(ctx)": "(int)ctx->args[2]" if "REC->err" in tracepoint_format("tcp_retransmit_skb") else 0,
@@ -855,6 +855,7 @@ int tracepoint_accept_first(struct syscall_exit *ctx) { return accept_returned(c
 int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(ctx, false); }
 
 /* ---- existing sockets ---- */
+#if WALKS                       /* else compiling them would take a tenth of a second for nothing */
 #include <linux/nsproxy.h>
 #include <net/inet_hashtables.h>
 
@@ -915,6 +916,7 @@ int walk_table(struct bpf_raw_tracepoint_args *ctx)
     }
     return bucket > last ? ~0 : bucket;
 }
+#endif
 
 /* ---- records ---- */
 _Static_assert(sizeof(struct event) == RECORD_SIZE, "struct event has gaps, or a member of a type that FORMATS lacks");

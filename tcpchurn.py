@@ -267,7 +267,7 @@ def cflags(args):
     """Returns the arguments as macros for the C text. Only numbers get into it."""
     return flags({
         **filters(args),
-        "MAX_SOCKETS": MAX_SOCKETS, "MAX_HOLDERS": MAX_SOCKETS,
+        "MAX_SOCKETS": MAX_SOCKETS, "MAX_HOLDERS": MAX_SOCKETS, "WALKS": 1,
         "BUCKETS": buckets(args), "BUCKET_NS": "%dull" % bucket_ns(args),
     }, LOSSES, COUNTS)
 
@@ -679,6 +679,7 @@ int tracepoint_accept_first(struct syscall_exit *ctx) { return accept_returned(c
 int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(ctx, false); }
 
 /* ---- existing sockets ---- */
+#if WALKS                       /* else compiling them would take a tenth of a second for nothing */
 #include <linux/nsproxy.h>
 #include <net/inet_hashtables.h>
 
@@ -739,6 +740,7 @@ int walk_table(struct bpf_raw_tracepoint_args *ctx)
     }
     return bucket > last ? ~0 : bucket;
 }
+#endif
 """
 
 # ---- arguments ----

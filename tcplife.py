@@ -447,6 +447,7 @@ def cflags(args):
         "FAILED": int(args.failed), "EXISTING": int(args.existing), "MIN_NS": "%dull" % (args.min_ms * 1e6),
         "MORE": int(args.extra or args.json),
         "MAX_HOLDERS": MAX_SOCKETS if args.existing else 1,
+        "WALKS": int(args.existing or args.count or args.interval is not None),
     }, LOSSES, ROLES, ENDS)
 
 
@@ -990,6 +991,7 @@ int tracepoint_accept_first(struct syscall_exit *ctx) { return accept_returned(c
 int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(ctx, false); }
 
 /* ---- existing sockets ---- */
+#if WALKS                       /* else compiling them would take a tenth of a second for nothing */
 #include <linux/nsproxy.h>
 #include <net/inet_hashtables.h>
 
@@ -1050,6 +1052,7 @@ int walk_table(struct bpf_raw_tracepoint_args *ctx)
     }
     return bucket > last ? ~0 : bucket;
 }
+#endif
 
 /* ---- records ---- */
 _Static_assert(sizeof(struct event) == RECORD_SIZE, "struct event has gaps, or a member of a type that FORMATS lacks");
