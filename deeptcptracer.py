@@ -11,7 +11,8 @@
 # socket's error or the reason of a RST; with -m how long a state lasted, with -K the kernel stack below it.
 #
 # Traces the tracepoints sock:inet_sock_set_state, sock:inet_sk_error_report, tcp:tcp_receive_reset, tcp:tcp_send_reset,
-# tcp:tcp_retransmit_skb and tcp:tcp_probe. Sent and received FINs are derived from the state changes that go with them.
+# tcp:tcp_retransmit_skb, tcp:tcp_retransmit_synack and tcp:tcp_probe. Sent and received FINs are derived from the state
+# changes that go with them.
 # Owners are known from connect(), accept() and close(), and for sockets from before the start from /proc.
 #
 # CAVEATS: the two zero-window events look at every segment received in ESTABLISHED; -e leaves them out. A FIN that
@@ -335,8 +336,7 @@ static inline int segment_received(void *ctx, struct sock *sk, struct sk_buff *s
     return 0;
 }
 
-/* is_sure: not by a descriptor, behind which another thread may have put an older socket meanwhile */
-static inline void accepted(struct sock *sk, bool is_sure)
+static inline void accepted(struct sock *sk)
 {
     if (sk && state_of(sk) != TCP_CLOSE && !owner_of(sk))
         remember_owner(sk);
@@ -842,12 +842,12 @@ int tracepoint_destroy(struct bpf_raw_tracepoint_args *ctx) { destroyed((struct 
 
 /* ---- accept() ---- */
 /* security_sock_graft() is called in accept() with the new socket, by io_uring too. */
-int kprobe_accept(struct pt_regs *ctx, struct sock *sk) { accepted(tcp_of(sk), true); return 0; }
+int kprobe_accept(struct pt_regs *ctx, struct sock *sk) { accepted(tcp_of(sk)); return 0; }
 
 static inline int accept_returned(struct syscall_exit *ctx, bool first)
 {
     if (ctx->ret >= 0 && (!PREEMPTIBLE || is_mine(ctx, bpf_get_current_pid_tgid(), first)))
-        accepted(tcp_of(socket_of(ctx->ret)), false);
+        accepted(tcp_of(socket_of(ctx->ret)));          /* or an older socket, put there by another thread meanwhile */
     return 0;
 }
 
@@ -1036,7 +1036,7 @@ def filters(args):
             "IS_IPV4((e)->raddr)" if option("ipv4") else "!IS_IPV4((e)->raddr)" if option("ipv6") else "true"]
     return {"IS_WANTED_PROCESS(o)": " && ".join(["(%s)" % condition for condition in owner]),
             "IS_WANTED_OWNER(o)": "(o)->wanted" if set(owner) != {"true"} or args.cgroup else "true",
-            "CGROUP_FILTER": int(args.cgroup is not None), "CGROUP_IDS": int(args.json or option("unit") is True),
+            "CGROUP_FILTER": int(args.cgroup is not None), "CGROUP_IDS": int(bool(args.json or option("unit"))),
             "INODE_OF(sk)": "inode_of(sk)" if args.json else "0",
             "IS_WANTED_PEER(e)": " && ".join(["(%s)" % condition for condition in peer]),
             "IS_WANTED_LPORT(port)": any_of("(port) == %d", option("lport")),

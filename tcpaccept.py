@@ -622,7 +622,7 @@ def filters(args):
             "IS_IPV4((e)->raddr)" if option("ipv4") else "!IS_IPV4((e)->raddr)" if option("ipv6") else "true"]
     return {"IS_WANTED_PROCESS(o)": " && ".join(["(%s)" % condition for condition in owner]),
             "IS_WANTED_OWNER(o)": "(o)->wanted" if set(owner) != {"true"} or args.cgroup else "true",
-            "CGROUP_FILTER": int(args.cgroup is not None), "CGROUP_IDS": int(args.json or option("unit") is True),
+            "CGROUP_FILTER": int(args.cgroup is not None), "CGROUP_IDS": int(bool(args.json or option("unit"))),
             "INODE_OF(sk)": "inode_of(sk)" if args.json else "0",
             "IS_WANTED_PEER(e)": " && ".join(["(%s)" % condition for condition in peer]),
             "IS_WANTED_LPORT(port)": any_of("(port) == %d", option("lport")),

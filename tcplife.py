@@ -9,7 +9,8 @@
 #                [--cgroup PATH] [--netns NETNS] [--duration SECONDS] [--ebpf] [--version]
 #
 # Prints one line per finished session: the process that owns the socket, addresses, ports, bytes each way and
-# milliseconds; with -x also how it ended. Failed connects are shown, too.
+# milliseconds; with -x also how it ended. Failed connects are shown, too; with -i also sessions that are open. With -c
+# it prints one table of how many there were instead.
 #
 # Traces the tracepoints sock:inet_sock_set_state and tcp:tcp_destroy_sock, and accept(). No packet is looked at. The
 # owner of a session is the process that called connect() or accept(): many state changes run in softirq, in the
@@ -319,8 +320,7 @@ static inline void forget(struct sock *sk)
         count_lost(LOST_END);
 }
 
-/* is_sure: not by a descriptor, behind which another thread may have put an older socket meanwhile */
-static inline void accepted(struct sock *sk, bool is_sure)
+static inline void accepted(struct sock *sk)
 {
     struct session *s;
 
@@ -978,12 +978,12 @@ int tracepoint_destroy(struct bpf_raw_tracepoint_args *ctx) { destroyed((struct 
 
 /* ---- accept() ---- */
 /* security_sock_graft() is called in accept() with the new socket, by io_uring too. */
-int kprobe_accept(struct pt_regs *ctx, struct sock *sk) { accepted(tcp_of(sk), true); return 0; }
+int kprobe_accept(struct pt_regs *ctx, struct sock *sk) { accepted(tcp_of(sk)); return 0; }
 
 static inline int accept_returned(struct syscall_exit *ctx, bool first)
 {
     if (ctx->ret >= 0 && (!PREEMPTIBLE || is_mine(ctx, bpf_get_current_pid_tgid(), first)))
-        accepted(tcp_of(socket_of(ctx->ret)), false);
+        accepted(tcp_of(socket_of(ctx->ret)));          /* or an older socket, put there by another thread meanwhile */
     return 0;
 }
 
@@ -1172,7 +1172,7 @@ def filters(args):
             "IS_IPV4((e)->raddr)" if option("ipv4") else "!IS_IPV4((e)->raddr)" if option("ipv6") else "true"]
     return {"IS_WANTED_PROCESS(o)": " && ".join(["(%s)" % condition for condition in owner]),
             "IS_WANTED_OWNER(o)": "(o)->wanted" if set(owner) != {"true"} or args.cgroup else "true",
-            "CGROUP_FILTER": int(args.cgroup is not None), "CGROUP_IDS": int(args.json or option("unit") is True),
+            "CGROUP_FILTER": int(args.cgroup is not None), "CGROUP_IDS": int(bool(args.json or option("unit"))),
             "INODE_OF(sk)": "inode_of(sk)" if args.json else "0",
             "IS_WANTED_PEER(e)": " && ".join(["(%s)" % condition for condition in peer]),
             "IS_WANTED_LPORT(port)": any_of("(port) == %d", option("lport")),
