@@ -219,7 +219,7 @@ class Output(live.Alone):
                 live.until(lambda: all(size > old for size, old in zip(sizes(), before)))
                 stopped = [tracer.tool for tracer, size, old in zip(tracers, sizes(), before) if size == old]
                 self.assertEqual(stopped, [])
-                live.settle(0.3)
+                live.settle(1.2)        # a tool asks for losses once per second
             with live.tracing(*tracers):
                 for _, writer in pipes:
                     fill(writer)
