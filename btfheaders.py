@@ -13,19 +13,19 @@
 #
 # A tool in the same directory as this file needs no such directory, and starts in half the time:
 #
-#     bpf = btfheaders.compiled(["tcp_sock"], lambda: BPF(text=...))
+#     fds = btfheaders.compiled(["tcp_sock"], lambda: {"events": BPF(text=...)["events"].map_fd})
 #
 # CAVEATS: only types and the constants below; a program that uses a kernel macro or an inline function needs the real
 # headers. Types that live in modules only are not in vmlinux's BTF.
 
-import atexit
 import contextlib
 import ctypes
 import mmap
 import os
+import pickle
 import re
+import socket
 import sys
-import threading
 
 VMLINUX_BTF = "/sys/kernel/btf/vmlinux"
 
@@ -121,10 +121,9 @@ enum { TCP_ESTABLISHED = 1, TCP_SYN_SENT, TCP_SYN_RECV, TCP_FIN_WAIT1, TCP_FIN_W
 
 STRUCT, UNION, ENUM, TYPEDEF, FUNC = 4, 5, 6, 8, 12     # BTF_KIND_*, include/uapi/linux/btf.h
 PRINTF = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-CLONE_NEWNS, MADV_DONTNEED = 0x20000, 4
+CLONE_NEWNS = 0x20000
 MS_BIND, MS_REC, MS_SLAVE = 0x1000, 0x4000, 0x80000     # include/uapi/linux/mount.h
 CAP_SYS_ADMIN, NEEDED = 1 << 21, 1 << 38 | 1 << 39      # CAP_PERFMON and CAP_BPF, include/uapi/linux/capability.h
-COMPILER_STACK = 16 << 20       # bytes of address space; by default a thread has 128 KiB with musl
 SCRATCH = "/proc/bus"           # on every kernel, and nothing here needs its contents
 
 
@@ -258,62 +257,75 @@ def kernel_source(types, directory=None):
 
 
 def compiled(types, compile_it):
-    """Returns what compile_it() returns: a function that compiles, loads and attaches a program with bcc.
+    """Returns what compile_it() returns: {name: file descriptor, or something else that can be pickled}.
 
-    bcc finds the named kernel types in the kernel's BTF, or else in the installed headers. What it prints is held back,
-    and the compiler's memory is given back at the end. Raises what compile_it raises, with the reason that bcc printed.
+    compile_it compiles, loads and attaches a program with bcc. It runs in a child process, whose memory goes with it.
+    Descriptors come over, and with them all that is open in the kernel: programs, maps and what they are attached to.
+    bcc finds the named kernel types in the kernel's BTF, or else in the installed headers. What it prints is held back.
+    Raises what compile_it raises, with the reason that bcc printed; OSError if the child is killed.
 
-    compile_it runs in a thread, with a mount namespace of its own if CAP_SYS_ADMIN allows it. It must not look up
-    kernel symbols there: bcc would keep the short list that it finds.
+    With CAP_SYS_ADMIN, the child has mounts of its own. It must not look up kernel symbols: it sees a short list.
     """
-    results, errors, no_types, finished = [], [], [], threading.Event()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    child = os.fork()
+    if not child:
+        try:
+            socket.send_fds(theirs, *result_of(types, compile_it))
+        finally:
+            os._exit(0)         # nothing of the parent's is to be cleaned up here
+    theirs.close()
+    with ours:
+        reply, fds, _, _ = socket.recv_fds(ours, 1 << 18, 253)          # SCM_MAX_FD
+    status = os.waitpid(child, 0)[1]
+    if not reply:
+        raise OSError("the compiler was killed by signal %d" % (status & 0x7f))
+    result, names = pickle.loads(reply)         # noqa: S301 - from the child
+    if isinstance(result, BaseException):
+        raise result
+    return {**result, **dict(zip(names, fds))}
 
-    def work():
+
+def result_of(types, compile_it):
+    """Returns what the parent gets: ([(result or exception, names of descriptors), pickled], descriptors)."""
+    no_types, result = [], {}
+    with captured_output() as output:
         try:
             with contextlib.ExitStack() as stack:
-                directory = private_mounts(stack)
+                directory = private_mounts()
                 try:
                     shorten_kallsyms(directory, stack.enter_context(kernel_source(types, directory)))
                 except OSError as error:
                     no_types.append(error)
-                results.append(compile_it())
+                result = compile_it()
         except BaseException as error:
-            errors.append(error)
-        finished.set()
-
-    threading.stack_size(COMPILER_STACK)
-    thread = threading.Thread(target=work)
-    with captured_output() as output:
-        thread.start()
-        try:
-            finished.wait()
-        finally:
-            thread.join()       # after a KeyboardInterrupt too: the thread still needs this context
-    if errors:
-        raise explained(errors[0], output, no_types)
-    release_compiler_memory()
-    return results[0]
+            result = error
+    if isinstance(result, BaseException):
+        return [pickle.dumps((explained(result, output, no_types), []))], []
+    fds = {name: value for name, value in result.items() if type(value) is int}
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink("/proc/self/fd/" + fd).startswith("anon_inode:") and int(fd) not in fds.values():
+                fds["fd " + fd] = int(fd)
+    return [pickle.dumps(({name: value for name, value in result.items() if name not in fds}, [*fds]))], [*fds.values()]
 
 
-def private_mounts(stack):
-    """Gives this thread mounts of its own: tracefs wherever bcc looks for it, and an empty directory.
+def private_mounts():
+    """Gives this process mounts of its own: tracefs wherever bcc looks for it, and an empty directory.
 
-    Returns the path of that directory; None without CAP_SYS_ADMIN. The mounts end with the process at the latest.
+    Returns the path of that directory; None without CAP_SYS_ADMIN. The mounts end with the process.
     """
     libc, slave = ctypes.CDLL(None), MS_REC | MS_SLAVE
     if libc.unshare(CLONE_NEWNS) or any(libc.mount(None, top, None, slave, None) for top in (b"/proc", b"/sys")):
         return None         # slaves: nothing that is mounted here gets out
     for kind, path, events in ((b"tracefs", b"/sys/kernel/tracing", b"/events"),
                                (b"debugfs", b"/sys/kernel/debug", b"/tracing/events")):
-        if not os.path.isdir(path + events) and libc.mount(kind, path, kind, 0, None) == 0:
-            # bcc's cleanup at exit looks there again: let the main thread see the same then
-            namespace = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY)
-            stack.callback(atexit.register, libc.setns, namespace, CLONE_NEWNS)
+        if not os.path.isdir(path + events):
+            libc.mount(kind, path, kind, 0, None)
     return None if libc.mount(b"tmpfs", SCRATCH.encode(), b"tmpfs", 0, b"mode=700") else SCRATCH
 
 
 def shorten_kallsyms(directory, text):
-    """Lets this thread see a /proc/kallsyms with the two functions that bcc looks for: it needs 0.1 s to parse all."""
+    """Lets this process see a /proc/kallsyms with the two functions that bcc looks for: it needs 0.1 s to parse all."""
     if directory and all("BTF_HAS_%s " % name in text for name in BCC_FUNCTIONS):
         path = os.path.join(directory, "kallsyms")
         with open(path, "w") as file:       # bcc ignores addresses that are not the kernel's
@@ -357,16 +369,6 @@ def explained(error, output, no_types):
     if isinstance(error, Exception):
         error.args = (": ".join([str(error), *reasons]),)
     return error
-
-
-def release_compiler_memory():
-    """Gives back the compiler's heap, and the pages of its code, which are read from the file again if need be."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):        # glibc
-        libc.malloc_trim(0)
-    with open("/proc/self/maps") as maps:
-        for start, end in re.findall("(?m)^(\\w+)-(\\w+) r-xp .*/lib(?:LLVM|clang|bcc)", maps.read()):
-            libc.madvise(ctypes.c_void_p(int(start, 16)), ctypes.c_size_t(int(end, 16) - int(start, 16)), MADV_DONTNEED)
 
 
 def main():

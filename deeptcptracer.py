@@ -29,14 +29,17 @@ if __name__ == "__main__":      # blocked from here on and polled: no signal int
 
 import argparse
 import contextlib
+import ctypes
 import errno
 import fcntl
+import functools
 import glob
 import json
 import mmap
 import os
 import re
 import select
+import socket
 import stat
 import struct
 import sys
@@ -51,10 +54,7 @@ except ImportError:
         return compile_it()
 
 # ---- deeptcptracer ----
-import ctypes
-import functools
 import itertools
-import socket
 
 examples = """examples:
     ./deeptcptracer.py                  # trace all TCP events
@@ -70,6 +70,8 @@ examples = """examples:
 """
 
 PROGRAM = "deeptcptracer"
+MAPS = "lost", "events", "holders", "tables"
+RECORD = struct.Struct("=8xQ32si20s20sHHIHHHHIIIq")  # struct event, behind the ring buffer's own header
 KERNEL_TYPES = ["tcp_sock", "net", "net_device", "sk_buff", "iphdr", "ipv6hdr", "tcphdr", "task_struct", "pid",
                 "pid_namespace", "files_struct", "fdtable", "file", "socket_alloc", "mptcp_sock", "sock_flags",
                 "sock_type", "sock_exterr_skb", "nsproxy", "inet_hashinfo", "inet_ehash_bucket", "hlist_nulls_node"]
@@ -89,6 +91,7 @@ EVENT_NAMES = list(EVENTS.values())
 DEFAULT_EVENTS = set(range(len(EVENTS) - 1))    # all but the last
 STATES = ["", "ESTABLISHED", "SYN_SENT", "SYN_RECV", "FIN_WAIT1", "FIN_WAIT2", "TIME_WAIT", "CLOSE", "CLOSE_WAIT",
           "LAST_ACK", "LISTEN", "CLOSING", "NEW_SYN_RECV"]
+RESET_REASONS = {}              # the kernel's names for why it sends a RST, by number; none before Linux 6.10
 CA_STATES = dict(enumerate(["Open", "Disorder", "CWR", "Recovery", "Loss"]))         # enum tcp_ca_state
 # Frames on top of a stack that belong to the tracing itself; a BPF program has no name there.
 TRACING_FRAMES = re.compile(rb"_*bpf_|__traceiter_|_*trace_|_*do_trace|perf_|k(ret)?probe|aggr_|ftrace_|\[unknown\]")
@@ -240,7 +243,7 @@ static inline void emit(void *ctx, struct sock *sk, struct sk_buff *skb, struct 
 #if STACK_DEPTH
     e->stack_size = bpf_get_stack(ctx, e->stack, sizeof(e->stack), 0);
 #endif
-    events.ringbuf_submit(e, BPF_RB_NO_WAKEUP);
+    events.ringbuf_submit(e, 0);
 }
 
 /* An event that is not a change of state. */
@@ -257,6 +260,8 @@ static inline bool fin_has_come(struct sock *sk, int oldstate, int newstate)
         return READ(sk, __sk_common.skc_flags) >> SOCK_DONE & 1;
     return newstate == TCP_CLOSE_WAIT || newstate == TCP_CLOSING;
 }
+
+#define MATTERS(oldstate, newstate) true
 
 static inline void state_change(void *ctx, struct sock *sk, int oldstate, int newstate)
 {
@@ -402,13 +407,12 @@ def parse_args(argv=None):
 
 
 def tracepoint_format(name):
-    """Returns the description of a tracepoint of TCP, or "" where there is no tracefs."""
+    """Returns the description of a tracepoint of TCP, or "" where there is no tracefs, as outside of attached()."""
     with contextlib.suppress(OSError), open("/sys/kernel/tracing/events/tcp/%s/format" % name) as file:
         return file.read()
     return ""
 
 
-@functools.lru_cache(maxsize=None)      # called first in attach(), which sees tracefs
 def reset_reasons():
     """Returns the kernel's names for why it sends a RST, by number; none before Linux 6.10."""
     names = tracepoint_format("tcp_send_reset").partition("REC->reason, {")[2]
@@ -438,9 +442,8 @@ def program(_args):
     return shared_text + bpf_text + probes_text
 
 
-def attach(bcc, args):
-    """Returns the BPF object, compiled, loaded and attached."""
-    bpf = bcc.BPF(text=program(args), cflags=cflags(args))
+def attach(bpf, args):
+    """Returns what the parent needs to know besides."""
     chosen = {list(EVENTS)[event] for event in args.events}
     probes = [("tcp_destroy_sock", "destroy")]          # always, to forget owners
     if "RESET" in chosen:
@@ -462,7 +465,9 @@ def attach(bcc, args):
             bpf.attach_kprobe(event="sock_def_error_report", fn_name="kprobe_error")
     attach_state_changes(bpf)
     attach_accept(bpf, args)
-    return bpf
+    for name in WALK:
+        bpf.load_func(name, bpf.RAW_TRACEPOINT)
+    return {"reset_reasons": reset_reasons()}
 
 
 @functools.lru_cache(maxsize=16)
@@ -494,7 +499,7 @@ def state_columns(event, oldstate, state, detail, sk_err, backlog, max_backlog):
     name, old, new = EVENT_NAMES[event], STATES[oldstate], STATES[state]
     error = errno.errorcode.get(sk_err, str(sk_err)) if sk_err else ""
     ca_state = CA_STATES.get(detail, "") if name == "tcp_retransmit_skb()" else ""
-    reason = reset_reasons().get(detail, "") if name == "tcp_send_reset()" else ""
+    reason = RESET_REASONS.get(detail, "") if name == "tcp_send_reset()" else ""
     queue = "queue %d/%d" % (backlog, max_backlog) if name == "tcp_retransmit_synack()" else ""
     states = "%s -> %s" % (old, new) if name == "tcp_set_state()" else new or "N/A"
     members = '"oldstate":%s,"state":%s,"sk_err":%s,"ca_state":%s,"reason":%s,"backlog":%s,"max_backlog":%s' % tuple(
@@ -556,25 +561,25 @@ def line(args, record, wall):
 
 def trace(args):
     """Prints events until a signal comes, the time is up or the reader of the output has gone."""
-    bpf = load(args)
+    fds = load(args)
+    RESET_REASONS.update(fds["reset_reasons"])
     record = record_of(args)
-    read = open_events(bpf, record)
-    learn_existing(bpf, args)
+    report, read, wait = open_losses(fds), open_events(fds, record), open_wait(fds["events"])
+    learn_existing(fds, args)
     if args.kstack and not has_names():
         say("stacks have addresses, no names: the kernel shows this user none (kernel.kptr_restrict, CAP_SYSLOG)")
     write(header(args))
     stop = False
     while not stop:
-        time.sleep(0.1)         # seconds that a line may be late
-        stop = is_to_stop()
+        stop = wait()
         wall = time.time_ns() - time.monotonic_ns()     # every time, as the clock may have been set
         records = record.iter_unpack(read())
         while text := "".join([line(args, event, wall) for event in itertools.islice(records, 10000)]):
             if write(text):     # in parts: a full ring is 80 MB of text
                 stop = True
                 break
-        report(bpf, pause=1)
-    report(bpf, in_all=True)
+        report()
+    report(in_all=True)
 
 
 # -------- Shared from here on: a part has the same text in every tool that has it, to the letter (make same) --------
@@ -596,7 +601,7 @@ shared_text = r"""
 })
 
 /* ---- losses ---- */
-BPF_ARRAY(lost, u64, STARTED + 1);
+BPF_F_TABLE("array", int, u64, lost, STARTED + 1, 1 << 10 /* BPF_F_MMAPABLE */);
 
 static inline void count_lost(int what)
 {
@@ -831,7 +836,9 @@ probes_text = r"""
 static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
 {
     /* An event is a socket and its new state, which goes into the top byte of the address: the same for all sockets. */
-    if (!TWO_PROGRAMS || is_mine(ctx, ctx->args[0] ^ ctx->args[2] << 56, first))
+    u64 event = ctx->args[0] ^ ctx->args[2] << 56;
+
+    if (MATTERS(ctx->args[1], ctx->args[2]) && (!TWO_PROGRAMS || is_mine(ctx, event, first)))
         state_change(ctx, (struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
     return 0;
 }
@@ -855,6 +862,8 @@ int tracepoint_accept_first(struct syscall_exit *ctx) { return accept_returned(c
 int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(ctx, false); }
 
 /* ---- existing sockets ---- */
+BPF_F_TABLE("array", int, u64, tables, 512, 1 << 10 /* BPF_F_MMAPABLE */);
+
 #if WALKS                       /* else compiling them would take a tenth of a second for nothing */
 #include <linux/nsproxy.h>
 #include <net/inet_hashtables.h>
@@ -865,8 +874,6 @@ int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(
 #else
 #define TABLE_OF(net) READ(net, ipv4.tcp_death_row.hashinfo)
 #endif
-
-BPF_F_TABLE("array", int, u64, tables, 512, 1 << 10 /* BPF_F_MMAPABLE */);
 
 /* Returns how many elements are set: one per network namespace, 0 for none. */
 int find_tables(void *ctx)
@@ -919,7 +926,7 @@ int walk_table(struct bpf_raw_tracepoint_args *ctx)
 #endif
 
 /* ---- records ---- */
-_Static_assert(sizeof(struct event) == RECORD_SIZE, "struct event has gaps, or a member of a type that FORMATS lacks");
+_Static_assert(sizeof(struct event) == RECORD_SIZE, "struct event is not as in RECORD");
 """
 
 # ---- arguments ----
@@ -1082,6 +1089,22 @@ def address_condition(address, networks):
     return "%s && !(%s)" % ("(%s)" % wanted if wanted else "true", excluded) if excluded else wanted or "true"
 
 
+# ---- bpf(2) ----
+SYS_BPF = {"x86_64": 321, "ppc64le": 361, "s390x": 351}.get(os.uname().machine, 280)
+
+
+def call_bpf(command, form, *values):
+    """Calls bpf(2) with a union bpf_attr of these values; a pointer is given as what it points to.
+
+    Returns the union as the kernel leaves it. Raises OSError, but not at the end of a map.
+    """
+    numbers = [value if isinstance(value, int) else ctypes.cast(value, ctypes.c_void_p).value for value in values]
+    attr = ctypes.create_string_buffer(struct.pack(form, *numbers), 128)
+    if LIBC.syscall(SYS_BPF, command, attr, len(attr)) < 0 and ctypes.get_errno() != errno.ENOENT:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return attr
+
+
 # ---- existing sockets ----
 def cgroup_of(pid):
     """Returns the path of the process's cgroup v2 and its ID; None and 0 if it has none."""
@@ -1114,24 +1137,29 @@ def socket_inodes(pid):
     return inodes
 
 
-def learn_existing(bpf, args, *pids):
+WALK = "find_tables", "walk_table"
+
+
+def learn_existing(fds, args, *pids):
     """Tells the kernel side which process holds which socket, of several the first one, and walks. pids: only these.
 
     Returns whether all owners are known; None if the kernel refuses.
     """
-    table, holders, is_hidden = bpf["holders"], {}, False
+    holders, is_hidden = {}, False
     for pid in pids or filter(str.isdigit, os.listdir("/proc")):
         try:
             with open("/proc/%s/comm" % pid, "rb") as file:
                 comm = file.read()[:-1][:15]
             path, cgroup_id = cgroup_of(pid)
-            owner = table.Leaf(int(pid), comm, is_wanted(args, pid, comm, path), cgroup_id)
+            owner = struct.pack("=I16sIQ", int(pid), comm, is_wanted(args, pid, comm, path), cgroup_id)
             for inode in socket_inodes(pid):
                 holders.setdefault(inode, owner)
         except OSError as error:                # else it has ended
             is_hidden |= isinstance(error, PermissionError)
-    for inode in list(holders)[:MAX_SOCKETS]:
-        table[table.Key(inode)] = holders[inode]
+    known = dict(itertools.islice(holders.items(), MAX_SOCKETS))
+    if known:                   # BPF_MAP_UPDATE_BATCH
+        call_bpf(26, "=16xQQII16x", struct.pack("=%dI" % len(known), *known), b"".join(known.values()), len(known),
+                 fds["holders"])
     with open("/proc/self/status") as status:
         capabilities = int(re.search(r"CapEff:\s*(\w+)", status.read())[1], 16)
     is_blind = not (capabilities >> 19 & 1 and capabilities & 6)
@@ -1140,27 +1168,21 @@ def learn_existing(bpf, args, *pids):
     if len(holders) > MAX_SOCKETS:
         say("%d owners of sockets from before the start not known: the map was full" % (len(holders) - MAX_SOCKETS))
     is_known = len(holders) <= MAX_SOCKETS and not (is_hidden and (pids or is_blind))
-    return None if walk(bpf) is None else is_known
+    return None if walk(fds) is None else is_known
 
 
-def walk(bpf, what=0, read=bytes):
+def walk(fds, what=0, read=bytes):
     """Calls found() of the C text with each connected socket of the host, and read() now and then.
 
     Returns what read() returned, joined; None, after a message, if the kernel refuses.
     """
-    import bcc
-
-    def call(name, *values):    # struct bpf_test_run_opts of libbpf: its size, context and size of that, result
-        context = (ctypes.c_uint64 * 12)(*values)
-        options = ctypes.create_string_buffer(struct.pack("=Q24xQ8xI28x", 80, ctypes.addressof(context), 96))
-        program = bpf.load_func(name, bcc.BPF.RAW_TRACEPOINT)
-        if bcc.lib["bpf_prog_test_run_opts"](program.fd, options):      # without the types that bcc may give it
-            raise OSError(os.strerror(ctypes.get_errno()))
-        return struct.unpack_from("=I", options, 56)[0]
+    def call(name, *values):    # BPF_PROG_TEST_RUN, with the arguments of a tracepoint
+        context = struct.pack("=12Q", *values, *[0] * (12 - len(values)))
+        return struct.unpack_from("=I", call_bpf(10, "=I36xI4xQ", fds[name], len(context), context), 4)[0]
     results, calls, missed = [], 0, 0
     try:
         count = call("find_tables")
-        tables = mmap.mmap(bpf["tables"].map_fd, 512 * 8, prot=mmap.PROT_READ)
+        tables = mmap.mmap(fds["tables"], 512 * 8, prot=mmap.PROT_READ)
         for table in {*memoryview(tables).cast("Q")[:count]} - {0}:
             bucket = again = 0
             while bucket != 0xffffffff and missed < 1000:       # more if the table goes away with its namespace
@@ -1171,8 +1193,8 @@ def walk(bpf, what=0, read=bytes):
                 calls += 1
                 if not calls % 64:
                     results.append(read())
-    except Exception as error:
-        say("cannot look for connected sockets: %s" % error)
+    except OSError as error:
+        say("cannot look for connected sockets: %s" % error.strerror)
         return None
     if missed:
         say("%d chains of connected sockets not read to the end: too long, or changing too fast" % missed)
@@ -1206,27 +1228,32 @@ def pid_namespace():
     return 0 if inode == 0xeffffffc else inode          # PROC_PID_INIT_INO, include/linux/proc_ns.h
 
 
+def attached(args):
+    """Compiles, loads and attaches. Returns {name: descriptor} of the programs and of MAPS, and what attach() adds."""
+    import bcc
+    bpf = bcc.BPF(text=program(args), cflags=cflags(args))
+    more = attach(bpf, args) or {}
+    if args.cgroup:
+        bpf["wanted_cgroup"][0] = cgroup_mount() + args.cgroup
+    programs = {name.decode(): function.fd for name, function in bpf.funcs.items()}
+    return {**programs, **{name: bpf[name].map_fd for name in MAPS}, **more}
+
+
 def load(args):
-    """Returns what attach() returns, or exits with one line that says what to do. --duration counts from here."""
+    """Returns what attached() returns, or exits with one line that says what to do. --duration counts from here."""
     if KERNEL < (5, 10):
         die("needs Linux 5.10 or later")
     if sys.stdout is None or sys.stderr is None:        # else a BPF map would become descriptor 1 or 2
         die("standard output or standard error is closed")
     try:
-        import bcc
-        bpf = compiled(KERNEL_TYPES, lambda: attach(bcc, args))
+        fds = compiled(KERNEL_TYPES, lambda: attached(args))
     except ImportError as error:
         die("%s: %s has no bcc: install python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora)"
             % (error, sys.executable))
     except Exception as error:
         die("cannot trace: %s" % error)
-    if args.cgroup:
-        bpf["wanted_cgroup"][0] = cgroup_mount() + args.cgroup
-    counters = bpf["lost"]
-    counters[len(LOSSES) + 1] = counters.Leaf(1)        # STARTED
-    report(bpf)                 # what was skipped before does not count
     signal.setitimer(signal.ITIMER_REAL, args.duration or 0)
-    return bpf
+    return fds
 
 
 # ---- state changes ----
@@ -1248,21 +1275,7 @@ def attach_accept(bpf, args):
 
 
 # ---- ring buffer ----
-FORMATS = {"u8": "B", "u16": "H", "u32": "I", "s32": "i", "u64": "Q", "s64": "q", "struct owner": "32s",
-           "struct address": "20s"}
-
-
-def layout(name):
-    """Returns the members of a struct in the C text, but for arrays, in the format of struct.Struct."""
-    body = re.search(r"(?ms)^struct %s \{$(.*?)^\};" % name, shared_text + bpf_text)[1]
-    members = re.findall(r"(?m)^ +((?:struct )?\w+) ([\w, ]+);", body)
-    return "".join([(FORMATS.get(kind) or layout(kind[7:])) * len(names.split(",")) for kind, names in members])
-
-
-RECORD = struct.Struct("=8x" + layout("event"))         # behind the ring buffer's own header of a record
-
-
-def open_events(bpf, record):
+def open_events(fds, record):
     """Returns a function that returns the records since its last call, as bytes. record: their struct.Struct.
 
     bcc would call back into Python once per record. The layout of a ring buffer is the kernel's ABI (see
@@ -1270,8 +1283,8 @@ def open_events(bpf, record):
     twice in a row so that no record is ever split.
     """
     page, size = mmap.PAGESIZE, RING_PAGES * mmap.PAGESIZE
-    consumer = mmap.mmap(bpf["events"].map_fd, page)
-    ring = memoryview(mmap.mmap(bpf["events"].map_fd, page + 2 * size, prot=mmap.PROT_READ, offset=page))
+    consumer = mmap.mmap(fds["events"], page)
+    ring = memoryview(mmap.mmap(fds["events"], page + 2 * size, prot=mmap.PROT_READ, offset=page))
     position = ctypes.c_ulong.from_buffer(consumer)
     produced = ring[:8].cast("L")
     data = ring[page:]
@@ -1295,34 +1308,43 @@ def open_events(bpf, record):
 
 # ---- losses ----
 LOST = {}                       # what: how often since the start, as far as it is certain. No number ever falls.
-SKIPS = []                      # how often programs had been skipped at the start, when this was last asked; and when
 # A program that may be skipped: the first ones handle the same events, and what is left of a socket is dropped later.
-HARMLESS = {b"tracepoint_set_state_second", b"tracepoint_accept_second", b"tracepoint_destroy"}
+HARMLESS = {"tracepoint_set_state_second", "tracepoint_accept_second", "tracepoint_destroy"}
 
 
-def report(bpf, in_all=False, pause=0):
-    """Prints what has been lost since the last call, and at the end what in all. Not again within pause seconds."""
-    if SKIPS and time.monotonic() < SKIPS[2] + pause:
-        return
-    *counts, skipped, rescued, _ = (count.value for count in bpf["lost"].values())
-    for name, function in bpf.funcs.items():
-        if name not in HARMLESS:
-            with open("/proc/self/fdinfo/%d" % function.fd) as info:
-                skipped += sum(int(n) for n in re.findall(r"recursion_misses:\s*(\d+)", info.read()))
-    if not SKIPS:
-        SKIPS[:] = skipped - rescued, skipped, 0
-    # What was skipped up to the last call and is not rescued by now: the second program runs right after the first.
-    counts.append(SKIPS[1] - SKIPS[0] - rescued)
-    SKIPS[1:] = skipped, time.monotonic()
-    for what, count in zip(LOSSES.values(), counts):
-        if count > LOST.setdefault(what, 0):
-            say("%d %s" % (count - LOST[what], what))
-            LOST[what] = count
-    if in_all:
-        report(bpf)
-        for what, count in LOST.items():
-            if count:
-                say("in all %d %s" % (count, what))
+def open_losses(fds):
+    """Starts tracing. Returns report(): it prints what was lost since it looked last, which it does once per second.
+
+    With in_all it looks again, and prints what was lost since the start as well.
+    """
+    counters = memoryview(mmap.mmap(fds["lost"], mmap.PAGESIZE)).cast("Q")[:len(LOSSES) + 2]
+    infos = [os.open("/proc/self/fdinfo/%d" % fd, os.O_RDONLY) for name, fd in fds.items()
+             if name.startswith(("kprobe_", "tracepoint_")) and name not in HARMLESS]
+    skipped = before = due = 0
+
+    def report(in_all=False):
+        nonlocal skipped, due
+        if time.monotonic() < due and not in_all:
+            return
+        *counts, taken, rescued, _ = counters
+        # What was skipped up to the last call and is not rescued by now: the second program runs right after the first.
+        counts.append(skipped - before - rescued)
+        misses = re.findall(rb"recursion_misses:\s*(\d+)", b"".join([os.pread(info, 4096, 0) for info in infos]))
+        skipped, due = taken + sum(map(int, misses)), 0 if in_all else time.monotonic() + 1
+        for what, count in zip(LOSSES.values(), counts):
+            if count > LOST.setdefault(what, 0):
+                say("%d %s" % (count - LOST[what], what))
+                LOST[what] = count
+        if in_all:
+            report()
+            for what, count in LOST.items():
+                if count:
+                    say("in all %d %s" % (count, what))
+
+    counters[-1] = 1            # STARTED
+    report()
+    before, due = skipped, 0    # what was skipped before does not count
+    return report
 
 
 # ---- text ----
@@ -1348,7 +1370,7 @@ def cgroup_path(number):
     with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
         mount = os.open(cgroup_mount(), os.O_RDONLY)
         stack.callback(os.close, mount)
-        file = ctypes.CDLL(None).open_by_handle_at(mount, handle, os.O_PATH)
+        file = LIBC.open_by_handle_at(mount, handle, os.O_PATH)
         stack.callback(os.close, file)
         path = os.readlink("/proc/self/fd/%d" % file)
         return path[len(cgroup_mount()):] or "/" if path.startswith(cgroup_mount()) else None
@@ -1438,11 +1460,26 @@ def write(text):
     return False
 
 
-def is_to_stop():
-    """Returns whether a signal has come, --duration has passed or the reader of the output has gone."""
-    output = select.poll()
-    output.register(1, 0)
-    return bool(signal.sigpending() & STOP_SIGNALS or output.poll(0))
+# ---- waiting ----
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def open_wait(fd):
+    """Returns wait(seconds), which waits for fd, but at most a second. It returns whether the tool is to stop.
+
+    That is: a signal has come, --duration has passed, or the reader of the output has gone.
+    """
+    mask = struct.pack("=Q120x", sum(1 << signum - 1 for signum in STOP_SIGNALS))       # sigset_t
+    poll = select.poll()
+    poll.register(1, 0)
+    for each in {LIBC.signalfd(-1, mask, 0), fd} - {None}:
+        poll.register(each, select.POLLIN)
+
+    def wait(seconds=1):
+        if poll.poll(1000 * max(0, min(1, seconds))) == [(fd, select.POLLIN)]:
+            time.sleep(0.1)     # seconds that a line may be late: what comes together is printed together
+        return any(ready != fd for ready, _ in poll.poll(0))
+    return wait
 
 
 # ---- main ----

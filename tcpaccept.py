@@ -27,14 +27,17 @@ if __name__ == "__main__":      # blocked from here on and polled: no signal int
 
 import argparse
 import contextlib
+import ctypes
 import errno
 import fcntl
+import functools
 import glob
 import json
 import mmap
 import os
 import re
 import select
+import socket
 import stat
 import struct
 import sys
@@ -49,9 +52,6 @@ except ImportError:
         return compile_it()
 
 # ---- tcpaccept ----
-import ctypes
-import functools
-import socket
 
 examples = """examples:
     ./tcpaccept           # trace all TCP accept()s
@@ -65,6 +65,8 @@ examples = """examples:
 """
 
 PROGRAM = "tcpaccept"
+MAPS = "lost", "events"
+RECORD = struct.Struct("=8xQ32s20s20sHHIII")  # struct event, behind the ring buffer's own header
 KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "pid", "pid_namespace", "files_struct", "fdtable", "file",
                 "socket_alloc", "mptcp_sock", "inet_bind_bucket", "nsproxy"]
 RECENT = 1024                   # connections per CPU that are remembered as accepted
@@ -94,7 +96,7 @@ static inline void accepted(struct sock *sk)
     e.inode = INODE_OF(sk);
     if (!IS_WANTED_OWNER(&e.owner) || !IS_WANTED_PEER(&e.ends) || !IS_WANTED_LPORT(e.ends.lport))
         return;
-    if (events.ringbuf_output(&e, sizeof(e), BPF_RB_NO_WAKEUP))
+    if (events.ringbuf_output(&e, sizeof(e), 0))
         count_lost(LOST_EVENT);
 }
 
@@ -232,11 +234,8 @@ def program(args):
     return text
 
 
-def attach(bcc, args):
-    """Returns the BPF object, compiled, loaded and attached."""
-    bpf = bcc.BPF(text=program(args), cflags=cflags(args))
+def attach(bpf, args):
     attach_accept(bpf, args)
-    return bpf
 
 
 def header(args):
@@ -260,21 +259,20 @@ def line(args, record, start, wall):
 
 def trace(args):
     """Prints accepts until a signal comes, the time is up or the reader of the output has gone."""
-    bpf = load(args)
-    read = open_events(bpf, RECORD)
+    fds = load(args)
+    report, read, wait = open_losses(fds), open_events(fds, RECORD), open_wait(fds["events"])
     start = None
     write(header(args))
     stop = False
     while not stop:
-        time.sleep(0.1)         # seconds that a line may be late
-        stop = is_to_stop()
+        stop = wait()
         records = list(RECORD.iter_unpack(read()))
         if records and start is None:
             start = records[0][0]
         wall = time.time_ns() - time.monotonic_ns()     # every time, as the clock may have been set
         stop = write("".join([line(args, record, start, wall) for record in records])) or stop
-        report(bpf, pause=1)
-    report(bpf, in_all=True)
+        report()
+    report(in_all=True)
 
 
 # -------- Shared from here on: a part has the same text in every tool that has it, to the letter (make same) --------
@@ -296,7 +294,7 @@ shared_text = r"""
 })
 
 /* ---- losses ---- */
-BPF_ARRAY(lost, u64, STARTED + 1);
+BPF_F_TABLE("array", int, u64, lost, STARTED + 1, 1 << 10 /* BPF_F_MMAPABLE */);
 
 static inline void count_lost(int what)
 {
@@ -505,7 +503,7 @@ BPF_RINGBUF_OUTPUT(events, RING_PAGES);
 
 probes_text = r"""
 /* ---- records ---- */
-_Static_assert(sizeof(struct event) == RECORD_SIZE, "struct event has gaps, or a member of a type that FORMATS lacks");
+_Static_assert(sizeof(struct event) == RECORD_SIZE, "struct event is not as in RECORD");
 """
 
 # ---- arguments ----
@@ -693,27 +691,32 @@ def pid_namespace():
     return 0 if inode == 0xeffffffc else inode          # PROC_PID_INIT_INO, include/linux/proc_ns.h
 
 
+def attached(args):
+    """Compiles, loads and attaches. Returns {name: descriptor} of the programs and of MAPS, and what attach() adds."""
+    import bcc
+    bpf = bcc.BPF(text=program(args), cflags=cflags(args))
+    more = attach(bpf, args) or {}
+    if args.cgroup:
+        bpf["wanted_cgroup"][0] = cgroup_mount() + args.cgroup
+    programs = {name.decode(): function.fd for name, function in bpf.funcs.items()}
+    return {**programs, **{name: bpf[name].map_fd for name in MAPS}, **more}
+
+
 def load(args):
-    """Returns what attach() returns, or exits with one line that says what to do. --duration counts from here."""
+    """Returns what attached() returns, or exits with one line that says what to do. --duration counts from here."""
     if KERNEL < (5, 10):
         die("needs Linux 5.10 or later")
     if sys.stdout is None or sys.stderr is None:        # else a BPF map would become descriptor 1 or 2
         die("standard output or standard error is closed")
     try:
-        import bcc
-        bpf = compiled(KERNEL_TYPES, lambda: attach(bcc, args))
+        fds = compiled(KERNEL_TYPES, lambda: attached(args))
     except ImportError as error:
         die("%s: %s has no bcc: install python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora)"
             % (error, sys.executable))
     except Exception as error:
         die("cannot trace: %s" % error)
-    if args.cgroup:
-        bpf["wanted_cgroup"][0] = cgroup_mount() + args.cgroup
-    counters = bpf["lost"]
-    counters[len(LOSSES) + 1] = counters.Leaf(1)        # STARTED
-    report(bpf)                 # what was skipped before does not count
     signal.setitimer(signal.ITIMER_REAL, args.duration or 0)
-    return bpf
+    return fds
 
 
 # ---- accept() ----
@@ -728,21 +731,7 @@ def attach_accept(bpf, args):
 
 
 # ---- ring buffer ----
-FORMATS = {"u8": "B", "u16": "H", "u32": "I", "s32": "i", "u64": "Q", "s64": "q", "struct owner": "32s",
-           "struct address": "20s"}
-
-
-def layout(name):
-    """Returns the members of a struct in the C text, but for arrays, in the format of struct.Struct."""
-    body = re.search(r"(?ms)^struct %s \{$(.*?)^\};" % name, shared_text + bpf_text)[1]
-    members = re.findall(r"(?m)^ +((?:struct )?\w+) ([\w, ]+);", body)
-    return "".join([(FORMATS.get(kind) or layout(kind[7:])) * len(names.split(",")) for kind, names in members])
-
-
-RECORD = struct.Struct("=8x" + layout("event"))         # behind the ring buffer's own header of a record
-
-
-def open_events(bpf, record):
+def open_events(fds, record):
     """Returns a function that returns the records since its last call, as bytes. record: their struct.Struct.
 
     bcc would call back into Python once per record. The layout of a ring buffer is the kernel's ABI (see
@@ -750,8 +739,8 @@ def open_events(bpf, record):
     twice in a row so that no record is ever split.
     """
     page, size = mmap.PAGESIZE, RING_PAGES * mmap.PAGESIZE
-    consumer = mmap.mmap(bpf["events"].map_fd, page)
-    ring = memoryview(mmap.mmap(bpf["events"].map_fd, page + 2 * size, prot=mmap.PROT_READ, offset=page))
+    consumer = mmap.mmap(fds["events"], page)
+    ring = memoryview(mmap.mmap(fds["events"], page + 2 * size, prot=mmap.PROT_READ, offset=page))
     position = ctypes.c_ulong.from_buffer(consumer)
     produced = ring[:8].cast("L")
     data = ring[page:]
@@ -775,34 +764,43 @@ def open_events(bpf, record):
 
 # ---- losses ----
 LOST = {}                       # what: how often since the start, as far as it is certain. No number ever falls.
-SKIPS = []                      # how often programs had been skipped at the start, when this was last asked; and when
 # A program that may be skipped: the first ones handle the same events, and what is left of a socket is dropped later.
-HARMLESS = {b"tracepoint_set_state_second", b"tracepoint_accept_second", b"tracepoint_destroy"}
+HARMLESS = {"tracepoint_set_state_second", "tracepoint_accept_second", "tracepoint_destroy"}
 
 
-def report(bpf, in_all=False, pause=0):
-    """Prints what has been lost since the last call, and at the end what in all. Not again within pause seconds."""
-    if SKIPS and time.monotonic() < SKIPS[2] + pause:
-        return
-    *counts, skipped, rescued, _ = (count.value for count in bpf["lost"].values())
-    for name, function in bpf.funcs.items():
-        if name not in HARMLESS:
-            with open("/proc/self/fdinfo/%d" % function.fd) as info:
-                skipped += sum(int(n) for n in re.findall(r"recursion_misses:\s*(\d+)", info.read()))
-    if not SKIPS:
-        SKIPS[:] = skipped - rescued, skipped, 0
-    # What was skipped up to the last call and is not rescued by now: the second program runs right after the first.
-    counts.append(SKIPS[1] - SKIPS[0] - rescued)
-    SKIPS[1:] = skipped, time.monotonic()
-    for what, count in zip(LOSSES.values(), counts):
-        if count > LOST.setdefault(what, 0):
-            say("%d %s" % (count - LOST[what], what))
-            LOST[what] = count
-    if in_all:
-        report(bpf)
-        for what, count in LOST.items():
-            if count:
-                say("in all %d %s" % (count, what))
+def open_losses(fds):
+    """Starts tracing. Returns report(): it prints what was lost since it looked last, which it does once per second.
+
+    With in_all it looks again, and prints what was lost since the start as well.
+    """
+    counters = memoryview(mmap.mmap(fds["lost"], mmap.PAGESIZE)).cast("Q")[:len(LOSSES) + 2]
+    infos = [os.open("/proc/self/fdinfo/%d" % fd, os.O_RDONLY) for name, fd in fds.items()
+             if name.startswith(("kprobe_", "tracepoint_")) and name not in HARMLESS]
+    skipped = before = due = 0
+
+    def report(in_all=False):
+        nonlocal skipped, due
+        if time.monotonic() < due and not in_all:
+            return
+        *counts, taken, rescued, _ = counters
+        # What was skipped up to the last call and is not rescued by now: the second program runs right after the first.
+        counts.append(skipped - before - rescued)
+        misses = re.findall(rb"recursion_misses:\s*(\d+)", b"".join([os.pread(info, 4096, 0) for info in infos]))
+        skipped, due = taken + sum(map(int, misses)), 0 if in_all else time.monotonic() + 1
+        for what, count in zip(LOSSES.values(), counts):
+            if count > LOST.setdefault(what, 0):
+                say("%d %s" % (count - LOST[what], what))
+                LOST[what] = count
+        if in_all:
+            report()
+            for what, count in LOST.items():
+                if count:
+                    say("in all %d %s" % (count, what))
+
+    counters[-1] = 1            # STARTED
+    report()
+    before, due = skipped, 0    # what was skipped before does not count
+    return report
 
 
 # ---- text ----
@@ -828,7 +826,7 @@ def cgroup_path(number):
     with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
         mount = os.open(cgroup_mount(), os.O_RDONLY)
         stack.callback(os.close, mount)
-        file = ctypes.CDLL(None).open_by_handle_at(mount, handle, os.O_PATH)
+        file = LIBC.open_by_handle_at(mount, handle, os.O_PATH)
         stack.callback(os.close, file)
         path = os.readlink("/proc/self/fd/%d" % file)
         return path[len(cgroup_mount()):] or "/" if path.startswith(cgroup_mount()) else None
@@ -938,11 +936,26 @@ def write(text):
     return False
 
 
-def is_to_stop():
-    """Returns whether a signal has come, --duration has passed or the reader of the output has gone."""
-    output = select.poll()
-    output.register(1, 0)
-    return bool(signal.sigpending() & STOP_SIGNALS or output.poll(0))
+# ---- waiting ----
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def open_wait(fd):
+    """Returns wait(seconds), which waits for fd, but at most a second. It returns whether the tool is to stop.
+
+    That is: a signal has come, --duration has passed, or the reader of the output has gone.
+    """
+    mask = struct.pack("=Q120x", sum(1 << signum - 1 for signum in STOP_SIGNALS))       # sigset_t
+    poll = select.poll()
+    poll.register(1, 0)
+    for each in {LIBC.signalfd(-1, mask, 0), fd} - {None}:
+        poll.register(each, select.POLLIN)
+
+    def wait(seconds=1):
+        if poll.poll(1000 * max(0, min(1, seconds))) == [(fd, select.POLLIN)]:
+            time.sleep(0.1)     # seconds that a line may be late: what comes together is printed together
+        return any(ready != fd for ready, _ in poll.poll(0))
+    return wait
 
 
 # ---- main ----

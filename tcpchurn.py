@@ -29,14 +29,17 @@ if __name__ == "__main__":      # blocked from here on and polled: no signal int
 
 import argparse
 import contextlib
+import ctypes
 import errno
 import fcntl
+import functools
 import glob
 import json
 import mmap
 import os
 import re
 import select
+import socket
 import stat
 import struct
 import sys
@@ -52,10 +55,8 @@ except ImportError:
 
 # ---- tcpchurn ----
 import bisect
-import ctypes
-import functools
+import itertools
 import math
-import socket
 
 examples = """examples:
     ./tcpchurn 30800                # accepts and opens, and closes, of PID 30800
@@ -69,6 +70,7 @@ examples = """examples:
 """
 
 PROGRAM = "tcpchurn"
+MAPS = "lost", "buckets", "holders", "tables"
 KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "pid", "pid_namespace", "signal_struct", "files_struct", "fdtable",
                 "file", "socket_alloc", "mptcp_sock", "nsproxy", "inet_hashinfo", "inet_ehash_bucket",
                 "hlist_nulls_node"]
@@ -167,10 +169,12 @@ static inline void accepted(struct sock *sk)
         opened(sk, ACCEPTED);
 }
 
+/* At the other changes there is nothing to do. For new sockets, too: the end of an older one may not have been seen. */
+#define MATTERS(oldstate, newstate) ((oldstate) == TCP_CLOSE || (oldstate) == TCP_LISTEN || !is_open(newstate))
+
 static inline void state_change(void *ctx, struct sock *sk, int oldstate, int newstate)
 {
-    /* For new sockets, too: if one is known, the end of an older one at this address was not seen. */
-    if ((oldstate == TCP_CLOSE || oldstate == TCP_LISTEN || !is_open(newstate)) && newstate != TCP_LISTEN)
+    if (newstate != TCP_LISTEN)
         closed(sk);
     if (newstate == TCP_SYN_SENT && READ(sk, sk_protocol) == IPPROTO_TCP && is_of_process())
         opened(sk, CONNECTED);
@@ -192,7 +196,7 @@ static inline void destroyed(struct sock *sk)
 }
 
 /* At the exit of each thread. A later process with this PID is another one. */
-int exited(void *ctx)
+int tracepoint_exit(void *ctx)
 {
     struct task_struct *task = (struct task_struct *)bpf_get_current_task();
     int zero = 0;
@@ -275,37 +279,24 @@ def program(_args):
     return shared_text + bpf_text + probes_text
 
 
-def attach(bcc, args):
-    """Returns the BPF object, compiled, loaded and attached."""
-    bpf = bcc.BPF(text=program(args), cflags=cflags(args))
+def attach(bpf, args):
     attach_state_changes(bpf)
     bpf.attach_raw_tracepoint(tp="tcp_destroy_sock", fn_name="tracepoint_destroy")
     if args.pid:
-        bpf.attach_raw_tracepoint(tp="sched_process_exit", fn_name="exited")
+        bpf.attach_raw_tracepoint(tp="sched_process_exit", fn_name="tracepoint_exit")
     attach_accept(bpf, args)
-    return bpf
-
-
-def birth_of(pid):
-    """Returns when the process started, in clock ticks; None if it has ended."""
-    try:
-        with open("/proc/%d/stat" % pid, "rb") as stat:
-            fields = stat.read().rpartition(b")")[2].split()
-        # The first thread may have ended before the others: then it is a zombie as well.
-        has_ended = fields[0] in b"ZX" and len(os.listdir("/proc/%d/task" % pid)) < 2
-    except OSError:
-        return None
-    return None if has_ended else int(fields[19])
+    for name in WALK:
+        bpf.load_func(name, bpf.RAW_TRACEPOINT)
 
 
 class Windows:
     """Counts over sliding windows, from the buckets of the kernel side."""
 
-    def __init__(self, args, bpf):
+    def __init__(self, args, buckets_fd):
         self.size, self.width = buckets(args), bucket_ns(args)
         self.spans = [math.ceil(window * 1e9 / self.width) for window in args.windows]
         self.history = []       # the buckets that had events, the oldest first
-        self.memory = mmap.mmap(bpf["buckets"].map_fd, (self.size + 1) * BUCKET.size, prot=mmap.PROT_READ)
+        self.memory = mmap.mmap(buckets_fd, (self.size + 1) * BUCKET.size, prot=mmap.PROT_READ)
         self.next = 0           # number of the bucket to look at next
 
     def bucket(self, slot):
@@ -395,24 +386,26 @@ def publish(path, labels, start, totals, lost, knows_existing=True):
 def trace(args):
     """Prints updates until a signal comes, the time is up, or the process or the reader of the output has gone."""
     pid, = args.pid or [None]
-    birth = pid and birth_of(pid)
-    if pid and birth is None:
+    try:
+        process = pid and os.pidfd_open(pid)
+    except ProcessLookupError:
         die("no such process: %d" % pid)
-    bpf = load(args)
-    knows_existing = learn_existing(bpf, args, *args.pid or ())
-    windows = Windows(args, bpf)
+    fds = load(args)
+    report, wait = open_losses(fds), open_wait(process)
+    knows_existing = learn_existing(fds, args, *args.pid or ())
+    windows = Windows(args, fds["buckets"])
     labels = labels_of(pid)
     start = time.time()
     due = time.monotonic() + (0 if args.prometheus else args.interval)
     stop = gone = False
     try:
         while not stop:
-            time.sleep(max(0, min(INTERVAL, due - time.monotonic())))
-            gone = pid and birth_of(pid) != birth
-            stop = gone or is_to_stop()
+            stop = wait(due - time.monotonic())
+            gone = process and select.select([process], [], [], 0)[0]
+            stop = stop or bool(gone)
             if stop or time.monotonic() >= due:
                 due = max(due + args.interval, time.monotonic())
-                report(bpf)
+                report()
                 if args.prometheus:
                     publish(args.prometheus, labels, start, windows.read()[1], LOST, knows_existing)
                 else:
@@ -423,7 +416,7 @@ def trace(args):
                 os.unlink(args.prometheus)
     if gone:
         say("process %d has ended" % pid)
-    report(bpf, in_all=True)
+    report(in_all=True)
 
 
 # -------- Shared from here on: a part has the same text in every tool that has it, to the letter (make same) --------
@@ -445,7 +438,7 @@ shared_text = r"""
 })
 
 /* ---- losses ---- */
-BPF_ARRAY(lost, u64, STARTED + 1);
+BPF_F_TABLE("array", int, u64, lost, STARTED + 1, 1 << 10 /* BPF_F_MMAPABLE */);
 
 static inline void count_lost(int what)
 {
@@ -654,7 +647,9 @@ probes_text = r"""
 static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
 {
     /* An event is a socket and its new state, which goes into the top byte of the address: the same for all sockets. */
-    if (!TWO_PROGRAMS || is_mine(ctx, ctx->args[0] ^ ctx->args[2] << 56, first))
+    u64 event = ctx->args[0] ^ ctx->args[2] << 56;
+
+    if (MATTERS(ctx->args[1], ctx->args[2]) && (!TWO_PROGRAMS || is_mine(ctx, event, first)))
         state_change(ctx, (struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
     return 0;
 }
@@ -678,6 +673,8 @@ int tracepoint_accept_first(struct syscall_exit *ctx) { return accept_returned(c
 int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(ctx, false); }
 
 /* ---- existing sockets ---- */
+BPF_F_TABLE("array", int, u64, tables, 512, 1 << 10 /* BPF_F_MMAPABLE */);
+
 #if WALKS                       /* else compiling them would take a tenth of a second for nothing */
 #include <linux/nsproxy.h>
 #include <net/inet_hashtables.h>
@@ -688,8 +685,6 @@ int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(
 #else
 #define TABLE_OF(net) READ(net, ipv4.tcp_death_row.hashinfo)
 #endif
-
-BPF_F_TABLE("array", int, u64, tables, 512, 1 << 10 /* BPF_F_MMAPABLE */);
 
 /* Returns how many elements are set: one per network namespace, 0 for none. */
 int find_tables(void *ctx)
@@ -902,6 +897,22 @@ def address_condition(address, networks):
     return "%s && !(%s)" % ("(%s)" % wanted if wanted else "true", excluded) if excluded else wanted or "true"
 
 
+# ---- bpf(2) ----
+SYS_BPF = {"x86_64": 321, "ppc64le": 361, "s390x": 351}.get(os.uname().machine, 280)
+
+
+def call_bpf(command, form, *values):
+    """Calls bpf(2) with a union bpf_attr of these values; a pointer is given as what it points to.
+
+    Returns the union as the kernel leaves it. Raises OSError, but not at the end of a map.
+    """
+    numbers = [value if isinstance(value, int) else ctypes.cast(value, ctypes.c_void_p).value for value in values]
+    attr = ctypes.create_string_buffer(struct.pack(form, *numbers), 128)
+    if LIBC.syscall(SYS_BPF, command, attr, len(attr)) < 0 and ctypes.get_errno() != errno.ENOENT:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return attr
+
+
 # ---- existing sockets ----
 def cgroup_of(pid):
     """Returns the path of the process's cgroup v2 and its ID; None and 0 if it has none."""
@@ -934,24 +945,29 @@ def socket_inodes(pid):
     return inodes
 
 
-def learn_existing(bpf, args, *pids):
+WALK = "find_tables", "walk_table"
+
+
+def learn_existing(fds, args, *pids):
     """Tells the kernel side which process holds which socket, of several the first one, and walks. pids: only these.
 
     Returns whether all owners are known; None if the kernel refuses.
     """
-    table, holders, is_hidden = bpf["holders"], {}, False
+    holders, is_hidden = {}, False
     for pid in pids or filter(str.isdigit, os.listdir("/proc")):
         try:
             with open("/proc/%s/comm" % pid, "rb") as file:
                 comm = file.read()[:-1][:15]
             path, cgroup_id = cgroup_of(pid)
-            owner = table.Leaf(int(pid), comm, is_wanted(args, pid, comm, path), cgroup_id)
+            owner = struct.pack("=I16sIQ", int(pid), comm, is_wanted(args, pid, comm, path), cgroup_id)
             for inode in socket_inodes(pid):
                 holders.setdefault(inode, owner)
         except OSError as error:                # else it has ended
             is_hidden |= isinstance(error, PermissionError)
-    for inode in list(holders)[:MAX_SOCKETS]:
-        table[table.Key(inode)] = holders[inode]
+    known = dict(itertools.islice(holders.items(), MAX_SOCKETS))
+    if known:                   # BPF_MAP_UPDATE_BATCH
+        call_bpf(26, "=16xQQII16x", struct.pack("=%dI" % len(known), *known), b"".join(known.values()), len(known),
+                 fds["holders"])
     with open("/proc/self/status") as status:
         capabilities = int(re.search(r"CapEff:\s*(\w+)", status.read())[1], 16)
     is_blind = not (capabilities >> 19 & 1 and capabilities & 6)
@@ -960,27 +976,21 @@ def learn_existing(bpf, args, *pids):
     if len(holders) > MAX_SOCKETS:
         say("%d owners of sockets from before the start not known: the map was full" % (len(holders) - MAX_SOCKETS))
     is_known = len(holders) <= MAX_SOCKETS and not (is_hidden and (pids or is_blind))
-    return None if walk(bpf) is None else is_known
+    return None if walk(fds) is None else is_known
 
 
-def walk(bpf, what=0, read=bytes):
+def walk(fds, what=0, read=bytes):
     """Calls found() of the C text with each connected socket of the host, and read() now and then.
 
     Returns what read() returned, joined; None, after a message, if the kernel refuses.
     """
-    import bcc
-
-    def call(name, *values):    # struct bpf_test_run_opts of libbpf: its size, context and size of that, result
-        context = (ctypes.c_uint64 * 12)(*values)
-        options = ctypes.create_string_buffer(struct.pack("=Q24xQ8xI28x", 80, ctypes.addressof(context), 96))
-        program = bpf.load_func(name, bcc.BPF.RAW_TRACEPOINT)
-        if bcc.lib["bpf_prog_test_run_opts"](program.fd, options):      # without the types that bcc may give it
-            raise OSError(os.strerror(ctypes.get_errno()))
-        return struct.unpack_from("=I", options, 56)[0]
+    def call(name, *values):    # BPF_PROG_TEST_RUN, with the arguments of a tracepoint
+        context = struct.pack("=12Q", *values, *[0] * (12 - len(values)))
+        return struct.unpack_from("=I", call_bpf(10, "=I36xI4xQ", fds[name], len(context), context), 4)[0]
     results, calls, missed = [], 0, 0
     try:
         count = call("find_tables")
-        tables = mmap.mmap(bpf["tables"].map_fd, 512 * 8, prot=mmap.PROT_READ)
+        tables = mmap.mmap(fds["tables"], 512 * 8, prot=mmap.PROT_READ)
         for table in {*memoryview(tables).cast("Q")[:count]} - {0}:
             bucket = again = 0
             while bucket != 0xffffffff and missed < 1000:       # more if the table goes away with its namespace
@@ -991,8 +1001,8 @@ def walk(bpf, what=0, read=bytes):
                 calls += 1
                 if not calls % 64:
                     results.append(read())
-    except Exception as error:
-        say("cannot look for connected sockets: %s" % error)
+    except OSError as error:
+        say("cannot look for connected sockets: %s" % error.strerror)
         return None
     if missed:
         say("%d chains of connected sockets not read to the end: too long, or changing too fast" % missed)
@@ -1026,27 +1036,32 @@ def pid_namespace():
     return 0 if inode == 0xeffffffc else inode          # PROC_PID_INIT_INO, include/linux/proc_ns.h
 
 
+def attached(args):
+    """Compiles, loads and attaches. Returns {name: descriptor} of the programs and of MAPS, and what attach() adds."""
+    import bcc
+    bpf = bcc.BPF(text=program(args), cflags=cflags(args))
+    more = attach(bpf, args) or {}
+    if args.cgroup:
+        bpf["wanted_cgroup"][0] = cgroup_mount() + args.cgroup
+    programs = {name.decode(): function.fd for name, function in bpf.funcs.items()}
+    return {**programs, **{name: bpf[name].map_fd for name in MAPS}, **more}
+
+
 def load(args):
-    """Returns what attach() returns, or exits with one line that says what to do. --duration counts from here."""
+    """Returns what attached() returns, or exits with one line that says what to do. --duration counts from here."""
     if KERNEL < (5, 10):
         die("needs Linux 5.10 or later")
     if sys.stdout is None or sys.stderr is None:        # else a BPF map would become descriptor 1 or 2
         die("standard output or standard error is closed")
     try:
-        import bcc
-        bpf = compiled(KERNEL_TYPES, lambda: attach(bcc, args))
+        fds = compiled(KERNEL_TYPES, lambda: attached(args))
     except ImportError as error:
         die("%s: %s has no bcc: install python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora)"
             % (error, sys.executable))
     except Exception as error:
         die("cannot trace: %s" % error)
-    if args.cgroup:
-        bpf["wanted_cgroup"][0] = cgroup_mount() + args.cgroup
-    counters = bpf["lost"]
-    counters[len(LOSSES) + 1] = counters.Leaf(1)        # STARTED
-    report(bpf)                 # what was skipped before does not count
     signal.setitimer(signal.ITIMER_REAL, args.duration or 0)
-    return bpf
+    return fds
 
 
 # ---- state changes ----
@@ -1069,34 +1084,43 @@ def attach_accept(bpf, args):
 
 # ---- losses ----
 LOST = {}                       # what: how often since the start, as far as it is certain. No number ever falls.
-SKIPS = []                      # how often programs had been skipped at the start, when this was last asked; and when
 # A program that may be skipped: the first ones handle the same events, and what is left of a socket is dropped later.
-HARMLESS = {b"tracepoint_set_state_second", b"tracepoint_accept_second", b"tracepoint_destroy"}
+HARMLESS = {"tracepoint_set_state_second", "tracepoint_accept_second", "tracepoint_destroy"}
 
 
-def report(bpf, in_all=False, pause=0):
-    """Prints what has been lost since the last call, and at the end what in all. Not again within pause seconds."""
-    if SKIPS and time.monotonic() < SKIPS[2] + pause:
-        return
-    *counts, skipped, rescued, _ = (count.value for count in bpf["lost"].values())
-    for name, function in bpf.funcs.items():
-        if name not in HARMLESS:
-            with open("/proc/self/fdinfo/%d" % function.fd) as info:
-                skipped += sum(int(n) for n in re.findall(r"recursion_misses:\s*(\d+)", info.read()))
-    if not SKIPS:
-        SKIPS[:] = skipped - rescued, skipped, 0
-    # What was skipped up to the last call and is not rescued by now: the second program runs right after the first.
-    counts.append(SKIPS[1] - SKIPS[0] - rescued)
-    SKIPS[1:] = skipped, time.monotonic()
-    for what, count in zip(LOSSES.values(), counts):
-        if count > LOST.setdefault(what, 0):
-            say("%d %s" % (count - LOST[what], what))
-            LOST[what] = count
-    if in_all:
-        report(bpf)
-        for what, count in LOST.items():
-            if count:
-                say("in all %d %s" % (count, what))
+def open_losses(fds):
+    """Starts tracing. Returns report(): it prints what was lost since it looked last, which it does once per second.
+
+    With in_all it looks again, and prints what was lost since the start as well.
+    """
+    counters = memoryview(mmap.mmap(fds["lost"], mmap.PAGESIZE)).cast("Q")[:len(LOSSES) + 2]
+    infos = [os.open("/proc/self/fdinfo/%d" % fd, os.O_RDONLY) for name, fd in fds.items()
+             if name.startswith(("kprobe_", "tracepoint_")) and name not in HARMLESS]
+    skipped = before = due = 0
+
+    def report(in_all=False):
+        nonlocal skipped, due
+        if time.monotonic() < due and not in_all:
+            return
+        *counts, taken, rescued, _ = counters
+        # What was skipped up to the last call and is not rescued by now: the second program runs right after the first.
+        counts.append(skipped - before - rescued)
+        misses = re.findall(rb"recursion_misses:\s*(\d+)", b"".join([os.pread(info, 4096, 0) for info in infos]))
+        skipped, due = taken + sum(map(int, misses)), 0 if in_all else time.monotonic() + 1
+        for what, count in zip(LOSSES.values(), counts):
+            if count > LOST.setdefault(what, 0):
+                say("%d %s" % (count - LOST[what], what))
+                LOST[what] = count
+        if in_all:
+            report()
+            for what, count in LOST.items():
+                if count:
+                    say("in all %d %s" % (count, what))
+
+    counters[-1] = 1            # STARTED
+    report()
+    before, due = skipped, 0    # what was skipped before does not count
+    return report
 
 
 # ---- output ----
@@ -1153,11 +1177,26 @@ def write(text):
     return False
 
 
-def is_to_stop():
-    """Returns whether a signal has come, --duration has passed or the reader of the output has gone."""
-    output = select.poll()
-    output.register(1, 0)
-    return bool(signal.sigpending() & STOP_SIGNALS or output.poll(0))
+# ---- waiting ----
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def open_wait(fd):
+    """Returns wait(seconds), which waits for fd, but at most a second. It returns whether the tool is to stop.
+
+    That is: a signal has come, --duration has passed, or the reader of the output has gone.
+    """
+    mask = struct.pack("=Q120x", sum(1 << signum - 1 for signum in STOP_SIGNALS))       # sigset_t
+    poll = select.poll()
+    poll.register(1, 0)
+    for each in {LIBC.signalfd(-1, mask, 0), fd} - {None}:
+        poll.register(each, select.POLLIN)
+
+    def wait(seconds=1):
+        if poll.poll(1000 * max(0, min(1, seconds))) == [(fd, select.POLLIN)]:
+            time.sleep(0.1)     # seconds that a line may be late: what comes together is printed together
+        return any(ready != fd for ready, _ in poll.poll(0))
+    return wait
 
 
 # ---- main ----

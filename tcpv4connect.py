@@ -27,14 +27,17 @@ if __name__ == "__main__":      # blocked from here on and polled: no signal int
 
 import argparse
 import contextlib
+import ctypes
 import errno
 import fcntl
+import functools
 import glob
 import json
 import mmap
 import os
 import re
 import select
+import socket
 import stat
 import struct
 import sys
@@ -49,9 +52,6 @@ except ImportError:
         return compile_it()
 
 # ---- tcpv4connect ----
-import ctypes
-import functools
-import socket
 
 examples = """examples:
     ./tcpv4connect           # trace all TCP IPv4 connect()s
@@ -63,6 +63,8 @@ examples = """examples:
 """
 
 PROGRAM = "tcpv4connect"
+MAPS = "lost", "events", "attempts"
+RECORD = struct.Struct("=8xQ32sII20s20sHHIQIIII")  # struct event, behind the ring buffer's own header
 KERNEL_TYPES = ["tcp_sock", "net", "task_struct", "pid", "pid_namespace", "socket_alloc", "sock_exterr_skb", "sk_buff"]
 MAX_ATTEMPTS = 1 << 17          # connects under way at once, with -r: 25 MB of kernel memory
 RING_PAGES = (4 << 20) // mmap.PAGESIZE         # 4 MiB: a second of the fastest load measured
@@ -89,7 +91,7 @@ BPF_HASH(attempts, struct sock *, struct event, MAX_ATTEMPTS);          /* with 
 
 static inline void submit(struct event *e)
 {
-    if (events.ringbuf_output(e, sizeof(*e), BPF_RB_NO_WAKEUP))
+    if (events.ringbuf_output(e, sizeof(*e), 0))
         count_lost(LOST_EVENT);
 }
 
@@ -139,9 +141,13 @@ static inline void attempt(struct sock *sk)
         count_lost(LOST_ATTEMPT);
 }
 
+/* At the other changes there is nothing to do. */
+#define MATTERS(oldstate, newstate) \
+    ((newstate) == TCP_SYN_SENT || (RESULTS && ((oldstate) == TCP_SYN_SENT || (oldstate) == TCP_SYN_RECV)))
+
 static inline void state_change(void *ctx, struct sock *sk, int oldstate, int newstate)
 {
-    if (RESULTS && (newstate == TCP_SYN_SENT || oldstate == TCP_SYN_SENT || oldstate == TCP_SYN_RECV))
+    if (RESULTS)
         decide(sk, newstate);
     if (newstate == TCP_SYN_SENT)
         attempt(sk);
@@ -214,15 +220,10 @@ def program(_args):
     return shared_text + bpf_text + probes_text
 
 
-def attach(bcc, args):
-    """Returns the BPF object, compiled, loaded and attached."""
-    bpf = bcc.BPF(text=program(args), cflags=cflags(args))
+def attach(bpf, args):
     attach_state_changes(bpf, orders(args))
     if args.result:
         bpf.attach_raw_tracepoint(tp="tcp_destroy_sock", fn_name="tracepoint_destroy")
-    if "second" not in orders(args):
-        HARMLESS.add(b"tracepoint_set_state_first")     # it may be skipped in softirq, where nobody calls connect()
-    return bpf
 
 
 def header(args):
@@ -260,31 +261,34 @@ def line(args, record, start, wall):
     return args.row_format % row
 
 
-def under_way(bpf, latest):
+def under_way(fds, latest):
     """Returns the connects whose result is not known yet, as records. latest: when they began, in ns."""
-    return [RECORD.unpack(bytes(8) + bytes(event)) for event in bpf["attempts"].values() if event.ts <= latest]
+    records = [RECORD.unpack(bytes(8) + event)
+               for event in map_values(fds["attempts"], RECORD.size - 8, MAX_ATTEMPTS)]
+    return [record for record in records if record[0] <= latest]
 
 
 def trace(args):
     """Prints connects until a signal comes, the time is up or the reader of the output has gone."""
-    bpf = load(args)
-    read = open_events(bpf, RECORD)
+    if "second" not in orders(args):
+        HARMLESS.add("tracepoint_set_state_first")      # it may be skipped in softirq, where nobody calls connect()
+    fds = load(args)
+    report, read, wait = open_losses(fds), open_events(fds, RECORD), open_wait(fds["events"])
     start = time.monotonic_ns()
     write(header(args))
     stop = False
     while not stop:
-        time.sleep(0.1)         # seconds that a line may be late
-        stop = is_to_stop()
+        stop = wait()
         # At the end, what is under way. What is decided just now is in both, with the same up to the addresses.
-        attempts = under_way(bpf, time.monotonic_ns() - args.min_ms * 1e6) if stop and args.result else []
+        attempts = under_way(fds, time.monotonic_ns() - args.min_ms * 1e6) if stop and args.result else []
         records = list(RECORD.iter_unpack(read()))
         if attempts:
             decided = {record[:6] for record in records}
             records += sorted({record[:6]: record for record in attempts if record[:6] not in decided}.values())
         wall = time.time_ns() - time.monotonic_ns()     # every time, as the clock may have been set
         stop = write("".join([line(args, record, start, wall) for record in records])) or stop
-        report(bpf, pause=1)
-    report(bpf, in_all=True)
+        report()
+    report(in_all=True)
 
 
 # -------- Shared from here on: a part has the same text in every tool that has it, to the letter (make same) --------
@@ -306,7 +310,7 @@ shared_text = r"""
 })
 
 /* ---- losses ---- */
-BPF_ARRAY(lost, u64, STARTED + 1);
+BPF_F_TABLE("array", int, u64, lost, STARTED + 1, 1 << 10 /* BPF_F_MMAPABLE */);
 
 static inline void count_lost(int what)
 {
@@ -500,7 +504,9 @@ probes_text = r"""
 static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
 {
     /* An event is a socket and its new state, which goes into the top byte of the address: the same for all sockets. */
-    if (!TWO_PROGRAMS || is_mine(ctx, ctx->args[0] ^ ctx->args[2] << 56, first))
+    u64 event = ctx->args[0] ^ ctx->args[2] << 56;
+
+    if (MATTERS(ctx->args[1], ctx->args[2]) && (!TWO_PROGRAMS || is_mine(ctx, event, first)))
         state_change(ctx, (struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
     return 0;
 }
@@ -510,7 +516,7 @@ int tracepoint_set_state_second(struct bpf_raw_tracepoint_args *ctx) { return se
 int tracepoint_destroy(struct bpf_raw_tracepoint_args *ctx) { destroyed((struct sock *)ctx->args[0]); return 0; }
 
 /* ---- records ---- */
-_Static_assert(sizeof(struct event) == RECORD_SIZE, "struct event has gaps, or a member of a type that FORMATS lacks");
+_Static_assert(sizeof(struct event) == RECORD_SIZE, "struct event is not as in RECORD");
 """
 
 # ---- arguments ----
@@ -673,6 +679,31 @@ def address_condition(address, networks):
     return "%s && !(%s)" % ("(%s)" % wanted if wanted else "true", excluded) if excluded else wanted or "true"
 
 
+# ---- bpf(2) ----
+SYS_BPF = {"x86_64": 321, "ppc64le": 361, "s390x": 351}.get(os.uname().machine, 280)
+
+
+def call_bpf(command, form, *values):
+    """Calls bpf(2) with a union bpf_attr of these values; a pointer is given as what it points to.
+
+    Returns the union as the kernel leaves it. Raises OSError, but not at the end of a map.
+    """
+    numbers = [value if isinstance(value, int) else ctypes.cast(value, ctypes.c_void_p).value for value in values]
+    attr = ctypes.create_string_buffer(struct.pack(form, *numbers), 128)
+    if LIBC.syscall(SYS_BPF, command, attr, len(attr)) < 0 and ctypes.get_errno() != errno.ENOENT:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return attr
+
+
+# ---- maps ----
+def map_values(fd, size, most):
+    """Returns the values in a hash map whose keys are addresses, as bytes. size: of a value, most: values."""
+    keys, values = [(ctypes.c_char * (n * most)).from_buffer(mmap.mmap(-1, n * most)) for n in (8, size)]
+    attr = call_bpf(24, "=8xQQQII16x", bytes(8), keys, values, most, fd)            # BPF_MAP_LOOKUP_BATCH
+    count, = struct.unpack_from("=I", attr, 32)
+    return [values[n * size:(n + 1) * size] for n in range(count)]
+
+
 # ---- compiling ----
 KERNEL = tuple(int(n) for n in re.findall("[0-9]+", os.uname().release)[:2])
 # "tracing: Guard __DECLARE_TRACE() use of __DO_TRACE_CALL() with SRCU-fast": a process may preempt another's program.
@@ -698,27 +729,32 @@ def pid_namespace():
     return 0 if inode == 0xeffffffc else inode          # PROC_PID_INIT_INO, include/linux/proc_ns.h
 
 
+def attached(args):
+    """Compiles, loads and attaches. Returns {name: descriptor} of the programs and of MAPS, and what attach() adds."""
+    import bcc
+    bpf = bcc.BPF(text=program(args), cflags=cflags(args))
+    more = attach(bpf, args) or {}
+    if args.cgroup:
+        bpf["wanted_cgroup"][0] = cgroup_mount() + args.cgroup
+    programs = {name.decode(): function.fd for name, function in bpf.funcs.items()}
+    return {**programs, **{name: bpf[name].map_fd for name in MAPS}, **more}
+
+
 def load(args):
-    """Returns what attach() returns, or exits with one line that says what to do. --duration counts from here."""
+    """Returns what attached() returns, or exits with one line that says what to do. --duration counts from here."""
     if KERNEL < (5, 10):
         die("needs Linux 5.10 or later")
     if sys.stdout is None or sys.stderr is None:        # else a BPF map would become descriptor 1 or 2
         die("standard output or standard error is closed")
     try:
-        import bcc
-        bpf = compiled(KERNEL_TYPES, lambda: attach(bcc, args))
+        fds = compiled(KERNEL_TYPES, lambda: attached(args))
     except ImportError as error:
         die("%s: %s has no bcc: install python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora)"
             % (error, sys.executable))
     except Exception as error:
         die("cannot trace: %s" % error)
-    if args.cgroup:
-        bpf["wanted_cgroup"][0] = cgroup_mount() + args.cgroup
-    counters = bpf["lost"]
-    counters[len(LOSSES) + 1] = counters.Leaf(1)        # STARTED
-    report(bpf)                 # what was skipped before does not count
     signal.setitimer(signal.ITIMER_REAL, args.duration or 0)
-    return bpf
+    return fds
 
 
 # ---- state changes ----
@@ -729,21 +765,7 @@ def attach_state_changes(bpf, orders=("first", "second")):
 
 
 # ---- ring buffer ----
-FORMATS = {"u8": "B", "u16": "H", "u32": "I", "s32": "i", "u64": "Q", "s64": "q", "struct owner": "32s",
-           "struct address": "20s"}
-
-
-def layout(name):
-    """Returns the members of a struct in the C text, but for arrays, in the format of struct.Struct."""
-    body = re.search(r"(?ms)^struct %s \{$(.*?)^\};" % name, shared_text + bpf_text)[1]
-    members = re.findall(r"(?m)^ +((?:struct )?\w+) ([\w, ]+);", body)
-    return "".join([(FORMATS.get(kind) or layout(kind[7:])) * len(names.split(",")) for kind, names in members])
-
-
-RECORD = struct.Struct("=8x" + layout("event"))         # behind the ring buffer's own header of a record
-
-
-def open_events(bpf, record):
+def open_events(fds, record):
     """Returns a function that returns the records since its last call, as bytes. record: their struct.Struct.
 
     bcc would call back into Python once per record. The layout of a ring buffer is the kernel's ABI (see
@@ -751,8 +773,8 @@ def open_events(bpf, record):
     twice in a row so that no record is ever split.
     """
     page, size = mmap.PAGESIZE, RING_PAGES * mmap.PAGESIZE
-    consumer = mmap.mmap(bpf["events"].map_fd, page)
-    ring = memoryview(mmap.mmap(bpf["events"].map_fd, page + 2 * size, prot=mmap.PROT_READ, offset=page))
+    consumer = mmap.mmap(fds["events"], page)
+    ring = memoryview(mmap.mmap(fds["events"], page + 2 * size, prot=mmap.PROT_READ, offset=page))
     position = ctypes.c_ulong.from_buffer(consumer)
     produced = ring[:8].cast("L")
     data = ring[page:]
@@ -776,34 +798,43 @@ def open_events(bpf, record):
 
 # ---- losses ----
 LOST = {}                       # what: how often since the start, as far as it is certain. No number ever falls.
-SKIPS = []                      # how often programs had been skipped at the start, when this was last asked; and when
 # A program that may be skipped: the first ones handle the same events, and what is left of a socket is dropped later.
-HARMLESS = {b"tracepoint_set_state_second", b"tracepoint_accept_second", b"tracepoint_destroy"}
+HARMLESS = {"tracepoint_set_state_second", "tracepoint_accept_second", "tracepoint_destroy"}
 
 
-def report(bpf, in_all=False, pause=0):
-    """Prints what has been lost since the last call, and at the end what in all. Not again within pause seconds."""
-    if SKIPS and time.monotonic() < SKIPS[2] + pause:
-        return
-    *counts, skipped, rescued, _ = (count.value for count in bpf["lost"].values())
-    for name, function in bpf.funcs.items():
-        if name not in HARMLESS:
-            with open("/proc/self/fdinfo/%d" % function.fd) as info:
-                skipped += sum(int(n) for n in re.findall(r"recursion_misses:\s*(\d+)", info.read()))
-    if not SKIPS:
-        SKIPS[:] = skipped - rescued, skipped, 0
-    # What was skipped up to the last call and is not rescued by now: the second program runs right after the first.
-    counts.append(SKIPS[1] - SKIPS[0] - rescued)
-    SKIPS[1:] = skipped, time.monotonic()
-    for what, count in zip(LOSSES.values(), counts):
-        if count > LOST.setdefault(what, 0):
-            say("%d %s" % (count - LOST[what], what))
-            LOST[what] = count
-    if in_all:
-        report(bpf)
-        for what, count in LOST.items():
-            if count:
-                say("in all %d %s" % (count, what))
+def open_losses(fds):
+    """Starts tracing. Returns report(): it prints what was lost since it looked last, which it does once per second.
+
+    With in_all it looks again, and prints what was lost since the start as well.
+    """
+    counters = memoryview(mmap.mmap(fds["lost"], mmap.PAGESIZE)).cast("Q")[:len(LOSSES) + 2]
+    infos = [os.open("/proc/self/fdinfo/%d" % fd, os.O_RDONLY) for name, fd in fds.items()
+             if name.startswith(("kprobe_", "tracepoint_")) and name not in HARMLESS]
+    skipped = before = due = 0
+
+    def report(in_all=False):
+        nonlocal skipped, due
+        if time.monotonic() < due and not in_all:
+            return
+        *counts, taken, rescued, _ = counters
+        # What was skipped up to the last call and is not rescued by now: the second program runs right after the first.
+        counts.append(skipped - before - rescued)
+        misses = re.findall(rb"recursion_misses:\s*(\d+)", b"".join([os.pread(info, 4096, 0) for info in infos]))
+        skipped, due = taken + sum(map(int, misses)), 0 if in_all else time.monotonic() + 1
+        for what, count in zip(LOSSES.values(), counts):
+            if count > LOST.setdefault(what, 0):
+                say("%d %s" % (count - LOST[what], what))
+                LOST[what] = count
+        if in_all:
+            report()
+            for what, count in LOST.items():
+                if count:
+                    say("in all %d %s" % (count, what))
+
+    counters[-1] = 1            # STARTED
+    report()
+    before, due = skipped, 0    # what was skipped before does not count
+    return report
 
 
 # ---- text ----
@@ -829,7 +860,7 @@ def cgroup_path(number):
     with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
         mount = os.open(cgroup_mount(), os.O_RDONLY)
         stack.callback(os.close, mount)
-        file = ctypes.CDLL(None).open_by_handle_at(mount, handle, os.O_PATH)
+        file = LIBC.open_by_handle_at(mount, handle, os.O_PATH)
         stack.callback(os.close, file)
         path = os.readlink("/proc/self/fd/%d" % file)
         return path[len(cgroup_mount()):] or "/" if path.startswith(cgroup_mount()) else None
@@ -939,11 +970,26 @@ def write(text):
     return False
 
 
-def is_to_stop():
-    """Returns whether a signal has come, --duration has passed or the reader of the output has gone."""
-    output = select.poll()
-    output.register(1, 0)
-    return bool(signal.sigpending() & STOP_SIGNALS or output.poll(0))
+# ---- waiting ----
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def open_wait(fd):
+    """Returns wait(seconds), which waits for fd, but at most a second. It returns whether the tool is to stop.
+
+    That is: a signal has come, --duration has passed, or the reader of the output has gone.
+    """
+    mask = struct.pack("=Q120x", sum(1 << signum - 1 for signum in STOP_SIGNALS))       # sigset_t
+    poll = select.poll()
+    poll.register(1, 0)
+    for each in {LIBC.signalfd(-1, mask, 0), fd} - {None}:
+        poll.register(each, select.POLLIN)
+
+    def wait(seconds=1):
+        if poll.poll(1000 * max(0, min(1, seconds))) == [(fd, select.POLLIN)]:
+            time.sleep(0.1)     # seconds that a line may be late: what comes together is printed together
+        return any(ready != fd for ready, _ in poll.poll(0))
+    return wait
 
 
 # ---- main ----

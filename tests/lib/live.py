@@ -24,8 +24,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 PYTHON = os.environ.get("PYTHON", "/usr/bin/python3")
 TOOLS = os.environ.get("TOOLS", str(ROOT))                      # the directory of the tools
 SLOW = workload.SLOW
-# Numbers of the system calls that time.sleep() makes: clock_nanosleep(), or select() or pselect6() of no descriptor.
-SLEEPS = {"x86_64": ("230", "23 0x0", "270 0x0"), "aarch64": ("115", "72 0x0")}.get(
+# Numbers of the system calls in which a tool waits: poll() or ppoll(), or what time.sleep() makes, which is
+# clock_nanosleep(), or select() or pselect6() of no descriptor.
+SLEEPS = {"x86_64": ("7 ", "271 ", "230", "23 0x0", "270 0x0"), "aarch64": ("73 ", "115", "72 0x0")}.get(
     os.uname().machine, ())
 # For pretend=: the constants of a tool on a kernel whose programs can be preempted.
 SEVEN = {"KERNEL": (7, 0), "PREEMPTIBLE": True, "MAX_MARKS": 1 << 14}

@@ -223,14 +223,15 @@ class Existing(live.Alone):
         """One line says so, and the rest works."""
         client, server = self.pair(self.listen())
         refuse = """
-import ctypes
-def get(lib, name, get=ctypes.CDLL.__getitem__):
-    return (lambda *_: ctypes.set_errno(1) or -1) if name == "bpf_prog_test_run_opts" else get(lib, name)
-ctypes.CDLL.__getitem__ = get
+def refuse(command, *rest, call_bpf={0}.call_bpf):
+    if command == 10:           # BPF_PROG_TEST_RUN
+        raise PermissionError(1, "Operation not permitted")
+    return call_bpf(command, *rest)
+{0}.call_bpf = refuse
 """
         for tool in (["tcplife", "--json", "--existing", "-i", 0.1, "--netns", self.netns],
                      ["deeptcptracer", "--json", "-N", self.netns], ["tcpchurn", os.getpid(), "--json", "-i", 0.2]):
-            with self.subTest(tool), live.Tracer(*tool, check=False, before=refuse) as tracer:
+            with self.subTest(tool), live.Tracer(*tool, check=False, before=refuse.format(tool[0])) as tracer:
                 self.pair(self.listen())
                 live.settle(0.5)
             self.assertEqual((tracer.status, tracer.stderr),

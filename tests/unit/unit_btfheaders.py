@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import unittest
 from unittest import mock
@@ -48,7 +47,10 @@ class Tree(unittest.TestCase):
             asserts.append('_Static_assert(sizeof(%s %s) == %d, "%s");' % (kind, name, size, name))
         program = "\n".join(["#include <net/sock.h>", *asserts, "int program(void *ctx) { return 0; }"])
         self.assertGreater(len(asserts), 100)
-        btfheaders.compiled(btfheaders.COMMON_TYPES, lambda: bcc.BPF(text=program)).cleanup()
+
+        def compile_it():
+            return {"program": bcc.BPF(text=program).load_func("program", bcc.BPF.KPROBE).fd}
+        os.close(btfheaders.compiled(btfheaders.COMMON_TYPES, compile_it)["program"])
 
     def test_set_and_unset(self):
         with btfheaders.kernel_source(TYPES):
@@ -182,7 +184,7 @@ def descriptors():
 
 
 def process_state():
-    """What a compiler in another thread must leave as it was."""
+    """What a compiler in another process must leave as it was."""
     return (os.getcwd(), os.readlink("/proc/self/root"), os.readlink("/proc/self/ns/mnt"),
             os.readlink("/proc/thread-self/ns/mnt"), pathlib.Path("/proc/self/mounts").read_text(),
             descriptors(), dict(os.environ), os.listdir(tempfile.gettempdir()))
@@ -200,19 +202,20 @@ class Compiled(unittest.TestCase):
     @unittest.skipUnless(HAS_BTF, "needs a kernel with BTF")
     def test_its_result_and_its_types(self):
         def compile_it():
-            return pathlib.Path(os.environ["BCC_KERNEL_SOURCE"], "include/vmlinux.h").read_text()
+            return {"text": pathlib.Path(os.environ["BCC_KERNEL_SOURCE"], "include/vmlinux.h").read_text()}
         before = process_state()
-        self.assertIn("struct tcphdr {", btfheaders.compiled(TYPES, compile_it))
+        self.assertIn("struct tcphdr {", btfheaders.compiled(TYPES, compile_it)["text"])
         self.assertEqual(before, process_state())
 
     @unittest.skipUnless(HAS_BTF and MAY_MOUNT, "needs BTF and CAP_SYS_ADMIN")
     def test_private_mounts(self):
         def compile_it():
             os.chdir("/")
-            return (len(os.listdir("/sys/kernel/tracing/events")), len(os.listdir("/sys/kernel/debug/tracing/events")),
-                    pathlib.Path("/proc/kallsyms").read_text())
+            return {"tracefs": os.listdir("/sys/kernel/tracing/events"),
+                    "debugfs": os.listdir("/sys/kernel/debug/tracing/events"),
+                    "symbols": pathlib.Path("/proc/kallsyms").read_text()}
         before = process_state()
-        tracefs, debugfs, symbols = btfheaders.compiled(TYPES, compile_it)
+        tracefs, debugfs, symbols = btfheaders.compiled(TYPES, compile_it).values()
         self.assertEqual(before[:5], process_state()[:5])
         self.assertTrue(tracefs and debugfs)
         if all("BTF_HAS_" + name in btfheaders.declarations([name]) for name in btfheaders.BCC_FUNCTIONS):
@@ -223,7 +226,7 @@ class Compiled(unittest.TestCase):
     @unittest.skipUnless(HAS_BTF and MAY_MOUNT, "needs BTF and CAP_SYS_ADMIN")
     def test_functions_that_btf_does_not_name(self):
         with mock.patch.object(btfheaders, "BCC_FUNCTIONS", ["bpf_probe_read_kernel", "no_such_function"]):
-            symbols = btfheaders.compiled(TYPES, pathlib.Path("/proc/kallsyms").read_text)
+            symbols = btfheaders.compiled(TYPES, lambda: {"": pathlib.Path("/proc/kallsyms").read_text()[:1 << 17]})[""]
         self.assertGreater(symbols.count("\n"), 1000)
 
     def mounts(self):
@@ -236,17 +239,18 @@ class Compiled(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             program = "import btfheaders, os; btfheaders.compiled(%r, lambda: os.kill(os.getpid(), 9))" % TYPES
             before = self.mounts()
-            killed = subprocess.run([live.PYTHON, "-c", program], env={**os.environ, "TMPDIR": folder}, check=False)
-            self.assertEqual(killed.returncode, -signal.SIGKILL)
+            killed = subprocess.run([live.PYTHON, "-c", program], env={**os.environ, "TMPDIR": folder}, check=False,
+                                    stderr=subprocess.PIPE, text=True)
+            self.assertIn("\nOSError: the compiler was killed by signal 9\n", killed.stderr)
             self.assertEqual(os.listdir(folder), [])
             self.assertEqual(before, self.mounts())
 
     def test_without_a_mount_namespace(self):
         def compile_it():
-            return os.environ.get("BCC_KERNEL_SOURCE", ""), os.path.getsize("/proc/self/mounts")
+            return {"tree": os.environ.get("BCC_KERNEL_SOURCE", "")}
         with mock.patch.object(btfheaders, "private_mounts", return_value=None):
             before = process_state()
-            tree, _ = btfheaders.compiled(TYPES, compile_it)
+            tree = btfheaders.compiled(TYPES, compile_it)["tree"]
             self.assertTrue(tree.startswith(tempfile.gettempdir()) or not HAS_BTF)
             self.assertEqual(before, process_state())
 
@@ -283,19 +287,30 @@ class Compiled(unittest.TestCase):
         self.fails(interrupted, KeyboardInterrupt, "")
 
     def test_interrupted_meanwhile(self):
-        outputs = []
         def compile_it():
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-            time.sleep(0.1)
-            outputs.append(os.readlink("/proc/self/fd/1"))
+            os.kill(os.getppid(), signal.SIGINT)
+            time.sleep(10)
         self.addCleanup(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
+        before = descriptors()
         self.fails(compile_it, KeyboardInterrupt, "")       # by the handler: a background job ignores the signal
-        self.assertIn("memfd", outputs[0])
+        self.assertEqual(before, descriptors())
+
+    def test_descriptors(self):
+        """Those with a name, and what bcc has opened in the kernel; nothing else."""
+        def compile_it():
+            ends = os.pipe()
+            return {"end": ends[0], "text": "7", "event": os.eventfd(7)} if hasattr(os, "eventfd") else {"end": ends[0]}
+        before = descriptors()
+        found = btfheaders.compiled(TYPES, compile_it)
+        self.assertEqual(found.pop("text", "7"), "7")
+        self.assertEqual(sorted(map(str, found.values())), sorted({*descriptors()} - {*before}))
+        for fd in found.values():
+            os.close(fd)
 
     def test_what_is_printed_is_held_back(self):
         program = ("import btfheaders, os, ctypes\n"
-                   "btfheaders.compiled(%r, lambda: (os.write(1, b'a'), os.write(2, b'b'),"
-                   " ctypes.CDLL(None).printf(b'c')))\n"
+                   "btfheaders.compiled(%r, lambda: {'': (os.write(1, b'a'), os.write(2, b'b'),"
+                   " ctypes.CDLL(None).printf(b'c'))})\n"
                    "print('out'); os.write(2, b'err')" % TYPES)
         run = subprocess.run([live.PYTHON, "-c", program], capture_output=True, text=True, check=True)
         self.assertEqual((run.stdout, run.stderr), ("out\n", "err"))
@@ -322,12 +337,12 @@ class Compiled(unittest.TestCase):
 
     def test_headers_instead(self):
         with mock.patch.object(btfheaders, "VMLINUX_BTF", "/nonexistent"):
-            self.assertIsNone(btfheaders.compiled(TYPES, lambda: os.environ.get("BCC_KERNEL_SOURCE")))
+            self.assertIsNone(btfheaders.compiled(TYPES, lambda: {"": os.environ.get("BCC_KERNEL_SOURCE")})[""])
 
-    def test_no_thread(self):
-        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+    def test_no_process(self):
+        with mock.patch("os.fork", side_effect=BlockingIOError(11, "Resource temporarily unavailable")):
             before = process_state()
-            self.fails(print, RuntimeError, "thread")
+            self.fails(print, BlockingIOError, "temporarily")
             self.assertEqual(before, process_state())
 
 

@@ -93,12 +93,13 @@ class Deep(unittest.TestCase):
 
     def with_format(self, text):
         """As on a kernel that describes its tracepoints so."""
-        for function in deeptcptracer.reset_reasons, deeptcptracer.state_columns:
-            self.addCleanup(function.cache_clear)
-            function.cache_clear()
-        patch = mock.patch.object(deeptcptracer, "tracepoint_format", lambda name: text)
-        patch.start()
-        self.addCleanup(patch.stop)
+        self.addCleanup(deeptcptracer.state_columns.cache_clear)
+        deeptcptracer.state_columns.cache_clear()
+        for patch in (mock.patch.object(deeptcptracer, "tracepoint_format", lambda name: text),
+                      mock.patch.object(deeptcptracer, "RESET_REASONS", {})):
+            patch.start()
+            self.addCleanup(patch.stop)
+        deeptcptracer.RESET_REASONS.update(deeptcptracer.reset_reasons())
 
     def test_reset(self):
         """The reason has the kernel's name, where there is one, also without a socket."""

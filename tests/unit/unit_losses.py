@@ -1,31 +1,33 @@
 """What the tools say was lost, while the kernel goes on counting between any two steps of theirs."""
-import io
+import mmap
+import os
 import random
 import re
-import types
 import unittest
 from unittest import mock
 
 import ctext
 
-FIRST, SECOND, DESTROY = b"tracepoint_set_state_first", b"tracepoint_set_state_second", b"tracepoint_destroy"
-ACCEPT = b"kprobe_accept"
+FIRST, SECOND, DESTROY = "tracepoint_set_state_first", "tracepoint_set_state_second", "tracepoint_destroy"
+ACCEPT = "kprobe_accept"
 FUNCTIONS = [FIRST, SECOND, DESTROY, ACCEPT]
 
 
 class Kernel:
-    """Programs that are skipped, each with the number of its descriptor, and the counters of the C text."""
+    """Programs that are skipped, each with an open file for its number, and the counters of the C text."""
 
     def __init__(self, tool, chance):
         self.tool, self.chance = tool, chance
         flags = ctext.macros(tool)
-        self.counters = [0] * (int(flags["STARTED"]) + 1)
+        lost = os.memfd_create("lost")
+        os.ftruncate(lost, mmap.PAGESIZE)
+        self.counters = memoryview(mmap.mmap(lost, 0)).cast("Q")
+        self.fds = {"lost": lost, **{name: os.memfd_create(name) for name in FUNCTIONS}}
         self.rescued, self.skipped = int(flags["RESCUED"]), int(flags["SKIPPED"])
-        self.funcs = {name: types.SimpleNamespace(fd=fd) for fd, name in enumerate(FUNCTIONS)}
         self.misses = dict.fromkeys(FUNCTIONS, 0)
         self.lost = dict.fromkeys(tool.LOSSES, 0)       # the truth
         self.second = 0         # events whose first program was skipped, and whose second has not run yet
-        self.said = []
+        self.said, self.now = [], 10 ** 9
 
     def go_on(self):
         """Between two steps of the tool. A second program runs right after the first: it has by the next of these."""
@@ -59,26 +61,27 @@ class Kernel:
     def skip_harmless(self):
         self.misses[self.chance.choice([SECOND, DESTROY])] += 1
 
-    def open(self, path):
+    def open(self, path, _flags):
+        """Returns the descriptor itself, for pread()."""
+        return int(path.rpartition("/")[2])
+
+    def pread(self, fd, *_):
         self.go_on()
-        text = io.StringIO("prog_type:\ttracing\nrecursion_misses:\t%d\n" %
-                           self.misses[FUNCTIONS[int(path.rpartition("/")[2])]])
+        name, = [name for name in FUNCTIONS if self.fds[name] == fd]
+        text = b"prog_type:\ttracing\nrecursion_misses:\t%d\n" % self.misses[name]
         self.go_on()
         return text
 
-    def __getitem__(self, name):
-        assert name == "lost", name
-        return self
-
-    def values(self):
-        for n in range(len(self.counters)):
-            yield types.SimpleNamespace(value=self.counters[n])
-            self.go_on()
+    def start(self):
+        with mock.patch("os.open", self.open), mock.patch("os.pread", self.pread), mock.patch.object(self, "go_on"):
+            self.reporter = self.tool.open_losses(self.fds)
 
     def report(self, *in_all):
-        with mock.patch.object(self.tool, "open", self.open, create=True), \
-                mock.patch.object(self.tool, "say", self.said.append):
-            self.tool.report(self, *in_all)
+        """A second later."""
+        self.now += 1
+        with mock.patch("os.pread", self.pread), mock.patch.object(self.tool, "say", self.said.append), \
+                mock.patch("time.monotonic", lambda: self.now):
+            self.reporter(*in_all)
 
     def is_calm(self):
         """From now on, nothing happens any more."""
@@ -90,12 +93,24 @@ class Losses(unittest.TestCase):
     def kernels(self, seeds=1):
         for tool in ctext.TOOLS:
             for seed in range(seeds):
-                with mock.patch.dict(tool.LOST, clear=True), mock.patch.object(tool, "SKIPS", []):
+                with mock.patch.dict(tool.LOST, clear=True):
                     kernel = Kernel(tool, random.Random(seed))              # noqa: S311
-                    kernel.misses[FIRST] = 7            # before all programs were attached: see load()
-                    with mock.patch.object(kernel, "go_on"):
-                        kernel.report()
+                    kernel.misses[FIRST] = 7            # before all programs were attached
+                    kernel.start()
                     yield kernel, tool
+                    for fd in kernel.fds.values():
+                        os.close(fd)
+
+    def test_not_twice_in_a_second(self):
+        for kernel, _ in self.kernels():
+            kernel.is_calm()
+            kernel.report()
+            kernel.counters[0] += 1
+            kernel.now -= 0.5
+            kernel.report()         # half a second after the one before
+            self.assertEqual(kernel.said, [])
+            kernel.report()
+            self.assertEqual(len(kernel.said), 1)
 
     def test_nothing(self):
         for kernel, tool in self.kernels():
@@ -150,9 +165,8 @@ class Losses(unittest.TestCase):
     def test_the_names_of_the_harmless(self):
         programs = {tool: set(re.findall(r"(?m)^int (\w+)\(", tool.program(ctext.parse(tool)))) for tool in ctext.TOOLS}
         for tool in ctext.TOOLS:
-            harmless = {name.decode() for name in tool.HARMLESS}
-            self.assertLessEqual(harmless, set.union(*programs.values()))
-            self.assertLessEqual({name for name in programs[tool] if name.endswith("_second")}, harmless)
+            self.assertLessEqual(tool.HARMLESS, set.union(*programs.values()))
+            self.assertLessEqual({name for name in programs[tool] if name.endswith("_second")}, tool.HARMLESS)
 
 
 if __name__ == "__main__":

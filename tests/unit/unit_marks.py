@@ -14,6 +14,7 @@ MAPS = """
     type name##_values[size];                                                                                   \\
     static type *name##_lookup(void *key) { return &name##_values[*(u32 *)key]; }                               \\
     static struct { type *(*lookup)(void *); int (*update)(void *, void *); } name = {name##_lookup, 0}
+#define BPF_F_TABLE(kind, key_type, type, name, size, flags) BPF_ARRAY(name, type, size)
 #define BPF_PERCPU_ARRAY BPF_ARRAY
 #define BPF_HASH(name, key_type, type, size)                                                                    \\
     static struct { key_type key; type value; } name##_items[size];                                             \\

@@ -57,13 +57,13 @@ class Layout(unittest.TestCase):
 
     def test_signs(self):
         """A number below zero is one in C and in Python."""
-        signed = {"SIGNED": "bhilq", "UNSIGNED": "BHILQ"}
         for tool in ctext.RINGS:
-            for kind, letter in tool.FORMATS.items():
-                if letter[-1] != "s":
-                    lib = ctext.library(tool, "int is_signed = (%s)-1 < 1;" % kind)
-                    name = "SIGNED" if ctypes.c_int.in_dll(lib, "is_signed").value else "UNSIGNED"
-                    self.assertIn(letter, signed[name], kind)
+            letters = re.findall(r"\d*[A-Za-z]", tool.RECORD.format[1:])[1:]
+            letters = zip(members(tool, "event"), letters)
+            signed = {name: letter.islower() for name, letter in letters if len(letter) == 1}
+            lib = ctext.library(tool, "int signs[] = {%s};" % ",".join([
+                "(__typeof__(((struct event *)0)->%s))-1 < 1" % name for name in signed]))
+            self.assertEqual([*map(bool, (ctypes.c_int * len(signed)).in_dll(lib, "signs"))], [*signed.values()])
 
     def test_buckets_of_tcpchurn(self):
         tool = next(tool for tool in ctext.TOOLS if hasattr(tool, "BUCKET"))

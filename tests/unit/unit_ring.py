@@ -25,7 +25,7 @@ class Ring:
         self.put_position(0)
         self.put_position(PAGE)
         with mock.patch.object(tool, "RING_PAGES", 1):
-            self.reader = tool.open_events({"events": self}, tool.RECORD)
+            self.reader = tool.open_events({"events": self.map_fd}, tool.RECORD)
 
     def put_position(self, offset):
         struct.pack_into("L", self.memory, offset, self.produced)

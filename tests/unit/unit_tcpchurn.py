@@ -48,9 +48,6 @@ class Kernel:
         self.map_fd = os.memfd_create("buckets")
         os.ftruncate(self.map_fd, (self.size + 1) * tcpchurn.BUCKET.size)
 
-    def __getitem__(self, name):
-        return {"buckets": self}[name]
-
     def put(self, slot, number):
         os.pwrite(self.map_fd, tcpchurn.BUCKET.pack(number, *self.so_far), slot * tcpchurn.BUCKET.size)
 
@@ -70,7 +67,7 @@ class Sums(unittest.TestCase):
         patch.start()
         self.addCleanup(patch.stop)
         self.addCleanup(os.close, kernel.map_fd)
-        return kernel, tcpchurn.Windows(args, kernel)
+        return kernel, tcpchurn.Windows(args, kernel.map_fd)
 
     def test_a_window_is_exact_to_one_bucket(self):
         kernel, windows = self.start("-w", "1,5")
