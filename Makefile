@@ -13,6 +13,7 @@
 # make uninstall
 # make deb       the Debian package, in build/ (installs what is missing; as root)
 # make test-package   the package, built, installed, used and removed on Debian 12 and 13 (as root)
+# make test-container   the image of examples/container, built and run by podman, and its pod (as root)
 # make version   write the version that CHANGELOG.md says into the tools
 # make help
 
@@ -31,6 +32,8 @@ KERNELS = bullseye bookworm trixie trixie-rt sid trixie-sid bookworm-arm64 trixi
 RUFF    = .venv/bin/ruff
 RUFF_VERSION = 0.17.6
 CHDB_VERSION = 26.9.0
+VALIDATE = .venv/bin/kubernetes-validate
+VALIDATE_VERSION = 1.37.0
 
 VERSION := $(shell sed -n 's/^.. \[\([0-9.]*\)\] .*/\1/p' CHANGELOG.md | head -n 1)
 
@@ -62,6 +65,9 @@ bench-fleet: deps-kernels
 
 test-package: deps-package
 	$(PROVE) $(PACKAGE_RELEASES:%='tests/package/package.t %')
+
+test-container: deps-container $(VALIDATE) deb
+	$(PROVE) 'tests/live/live.t test_container'
 
 test-kernels: deps-kernels
 	sh tests/kernels/kernels.sh $(KERNELS)
@@ -109,9 +115,17 @@ deps-package:
 	@$(PYTHON) -c 'import pexpect, tap' 2>/dev/null && $(call have,mmdebstrap prove systemd-nspawn) || \
 	 sh tests/setup/packages.sh package
 
+deps-container:
+	@$(PYTHON) -c 'import bcc, tap, venv, ensurepip' 2>/dev/null && \
+	 $(call have,podman runc catatonit mmdebstrap prove lsns) || sh tests/setup/packages.sh container
+
 $(RUFF):
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip --quiet --disable-pip-version-check install ruff==$(RUFF_VERSION)
+
+$(VALIDATE):
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip --quiet --disable-pip-version-check install kubernetes-validate==$(VALIDATE_VERSION)
 
 tools:
 	@echo $(TOOLS)
@@ -153,5 +167,6 @@ deb: deps-deb
 version:
 	sed -i 's/version="%(prog)s .*"/version="%(prog)s $(VERSION)"/' $(TOOLS:=.py)
 
-.PHONY: help tools demo test test-load test-fresh test-fleet test-package test-kernels lint same bench bench-fleet \
-        soak deps-demo deps-test deps-bench deps-fleet deps-package deps-kernels deps-deb install uninstall deb version
+.PHONY: help tools demo test test-load test-fresh test-fleet test-package test-container test-kernels lint same bench \
+        bench-fleet soak deps-demo deps-test deps-bench deps-fleet deps-package deps-container deps-kernels deps-deb \
+        install uninstall deb version

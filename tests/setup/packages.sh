@@ -1,7 +1,7 @@
 #!/bin/sh
 # Install what the demo or the tests need, with the system's package manager.
 #
-# usage: packages.sh demo|test|bench|fleet|kernels|deb|package
+# usage: packages.sh demo|test|bench|fleet|kernels|deb|package|container
 # shellcheck disable=SC2086     # lists of packages are meant to be split
 set -eu
 
@@ -14,6 +14,7 @@ install() {     # install COMMAND... with the packages of the chosen kind
     kernels) list=${kernels:?the kernels come from Debian: not known how to get mmdebstrap here} ;;
     deb) list=${deb:?a Debian package is built on Debian or Ubuntu} ;;
     package) list=${package:?the package is tested in Debian: not known how to get mmdebstrap here} ;;
+    container) list="$demo ${container:?the image is made of a Debian package: not known how to build that here}" ;;
     esac
     echo "packages.sh: installing $list" >&2
     "$@" $list >/dev/null
@@ -29,6 +30,7 @@ if command -v apt-get >/dev/null; then
     kernels='qemu-system-x86 qemu-system-arm mmdebstrap busybox-static cpio kmod xz-utils zstd'
     deb='debhelper dh-python dpkg-dev lintian'
     package='python3-tap python3-pexpect perl mmdebstrap systemd-container iproute2'
+    container='podman runc catatonit mmdebstrap python3-tap python3-venv perl util-linux'
     apt-get update -qq
     export DEBIAN_FRONTEND=noninteractive
     install apt-get install -y -qq --no-install-recommends
