@@ -140,6 +140,7 @@ install:
 	done
 	install -D -m 644 -t $(SHARE)/doc/tcp-tracers/examples examples/*.txt
 	install -D -m 644 -t $(SHARE)/doc/tcp-tracers/examples/fleet examples/fleet/*
+	install -D -m 644 -t $(SHARE)/doc/tcp-tracers/examples/container examples/container/*
 	install -D -m 644 completion/bash $(SHARE)/bash-completion/completions/tcplife
 	for tool in $(filter-out tcplife,$(TOOLS)); do ln -sf tcplife $(SHARE)/bash-completion/completions/$$tool; done
 	sed 's,=/usr/,=$(PREFIX)/,' service/tcplife.service | \

@@ -359,16 +359,33 @@ def explained(error, output, no_types):
                        % (no_types[0], os.uname().release))
     lines = [line.strip() for line in output if re.search("error:|fail|denied|not permitted|unable|such", line, re.I)]
     reasons = lines[:1]
-    with open("/proc/self/status") as status:
-        capabilities = int(re.search(r"CapEff:\s*(\w+)", status.read())[1], 16)
-    if capabilities & NEEDED != NEEDED and not capabilities & CAP_SYS_ADMIN:
-        reasons.append("needs root, or the capabilities that the manual page names (a container gets them by options)")
+    reasons += missing(": ".join([str(error), *reasons]))
     with contextlib.suppress(OSError), open("/sys/kernel/security/lockdown") as lockdown:
         if "[confidentiality]" in lockdown.read():
             reasons = ["the kernel is in lockdown (confidentiality) and lets nobody read its memory"]
     if isinstance(error, Exception):
         error.args = (": ".join([str(error), *reasons]),)
     return error
+
+
+def missing(reason):
+    """Returns a list of what this process lacks for what the kernel has refused; empty if that cannot be seen."""
+    with open("/proc/self/status") as status, open("/proc/self/uid_map") as uid_map:
+        fields = dict(re.findall(r"(\w+):\s*(\w+)", status.read()))
+        is_initial = uid_map.read().split() == ["0", "0", "4294967295"]
+    capabilities = int(fields["CapEff"], 16)
+    eperm, eacces = "not permitted" in reason, "Permission denied" in reason
+    hints = [hint for is_so, hint in (
+        (capabilities & NEEDED != NEEDED and not capabilities & CAP_SYS_ADMIN,
+         "needs root, or the capabilities CAP_BPF and CAP_PERFMON (in a container: --cap-add=BPF --cap-add=PERFMON)"),
+        (eperm and not is_initial, "needs root outside of a user namespace (a container that is not rootless)"),
+        (eperm and fields.get("Seccomp") == "2",
+         "a seccomp filter forbids it (in a container: --security-opt=seccomp=unconfined)"),
+        (eacces and "perf_event_open(" in reason, "needs CAP_SYS_ADMIN while kernel.perf_event_paranoid is 3 or more"),
+        ("/tracing/" in reason and "No such file" in reason,
+         "needs tracefs (in a container: --volume=/sys/kernel/tracing:/sys/kernel/tracing:ro)"),
+        (eacces and "/tracing/" in reason, "needs CAP_DAC_READ_SEARCH to read tracefs")) if is_so]
+    return hints[:1]
 
 
 def main():

@@ -917,7 +917,7 @@ def call_bpf(command, form, *values):
 def cgroup_of(pid):
     """Returns the path of the process's cgroup v2 and its ID; None and 0 if it has none."""
     with contextlib.suppress(OSError, TypeError), open("/proc/%s/cgroup" % pid, errors="surrogateescape") as file:
-        path = re.search("(?m)^0::(.*)$", file.read())[1]
+        path = re.search(r"(?m)^0::(?!/\.\.)(.*)$", file.read())[1]       # "/..": outside our cgroup namespace
         return path, os.stat(cgroup_mount() + path).st_ino
     return None, 0
 

@@ -265,7 +265,7 @@ class Compiled(unittest.TestCase):
     def test_without_capabilities(self):
         def compile_it():
             raise OSError("bcc failed")
-        self.fails(compile_it, OSError, "^bcc failed: needs root, or the capabilities that the manual page names",
+        self.fails(compile_it, OSError, "^bcc failed: needs root, or the capabilities CAP_BPF and CAP_PERFMON",
                    needed=1 << 60)
 
     def test_a_reason_on_stdout(self):
