@@ -20,6 +20,21 @@ install() {     # install COMMAND... with the packages of the chosen kind
     "$@" $list >/dev/null
 }
 
+# patiently COMMAND...: again for ten minutes while another program holds a lock of apt's, as unattended-upgrades does
+# on a new machine. DPkg::Lock::Timeout is not enough: it does not cover the lock of the lists.
+patiently() {
+    for _ in $(seq 120); do
+        said=$(LC_ALL=C "$@" 2>&1 >/dev/null) && status=0 || status=$?
+        case $said in
+        *'Could not get lock'*) echo "packages.sh: waiting for another program that installs packages" >&2 ;;
+        *) break ;;
+        esac
+        sleep 5
+    done
+    [ -z "$said" ] || echo "$said" >&2
+    return $status
+}
+
 kind=${1:?}
 if command -v apt-get >/dev/null; then
     demo='python3-bpfcc iproute2'
@@ -31,9 +46,9 @@ if command -v apt-get >/dev/null; then
     deb='debhelper dh-python dpkg-dev lintian'
     package='python3-tap python3-pexpect perl mmdebstrap systemd-container iproute2'
     container='podman runc catatonit mmdebstrap python3-tap python3-venv perl util-linux'
-    apt-get update -qq
     export DEBIAN_FRONTEND=noninteractive
-    install apt-get install -y -qq --no-install-recommends
+    patiently apt-get update -qq
+    install patiently apt-get install -y -qq --no-install-recommends
 elif command -v dnf >/dev/null; then
     demo='python3-bcc iproute'
     test='perl-Test-Harness ShellCheck mandoc gcc glibc-devel procps-ng util-linux bpftool jq nftables python3-pip'
