@@ -49,25 +49,25 @@ demo: deps-demo
 test: deps-test $(RUFF)
 	@mkdir -p build && rm -f build/retries
 	RETRIES=$(CURDIR)/build/retries $(PROVE) tests/static/lint.t tests/unit/unit.t \
-	    $(TOOLS:%='tests/live/cli.t %') $(LIVE:%='tests/live/live.t %')
+	    $(TOOLS:%='tests/live/cli.t %') $(LIVE:%='tests/lib/unittest.t %')
 
 test-load: deps-test
-	$(PROVE) $(LOAD:%='tests/live/live.t %')
+	$(PROVE) $(LOAD:%='tests/lib/unittest.t %')
 
 test-fresh: deps-kernels
 	sh tests/setup/fresh.sh 'make demo' 'make test'
 
 test-fleet: deps-kernels
-	sh tests/setup/fresh.sh -k 'make deps-fleet' "$(PROVE) 'tests/live/live.t test_fleet'"
+	sh tests/setup/fresh.sh -k 'make deps-fleet' "$(PROVE) 'tests/lib/unittest.t test_fleet'"
 
 bench-fleet: deps-kernels
-	sh tests/setup/fresh.sh -k 'make deps-fleet' 'tests/lib/python tests/fleet/bench_fleet.py'
+	sh tests/setup/fresh.sh -k 'make deps-fleet' 'tests/lib/run-python tests/fleet/bench_fleet.py'
 
 test-package: deps-package
 	$(PROVE) $(PACKAGE_RELEASES:%='tests/package/package.t %')
 
 test-container: deps-container $(VALIDATE) deb
-	$(PROVE) 'tests/live/live.t test_container'
+	$(PROVE) 'tests/lib/unittest.t test_container'
 
 test-kernels: deps-kernels
 	sh tests/kernels/kernels.sh $(KERNELS)
@@ -80,11 +80,11 @@ same:
 
 bench: deps-bench
 	@mkdir -p build
-	PYTHON=$(PYTHON) tests/lib/python tests/peers/bench.py | tee build/bench.txt
+	PYTHON=$(PYTHON) tests/lib/run-python tests/peers/bench.py | tee build/bench.txt
 	$(PYTHON) tests/peers/plot.py docs/overhead.svg <build/bench.txt
 
 soak: deps-test
-	PYTHON=$(PYTHON) tests/lib/python tests/load/soak.py $(DURATION)
+	PYTHON=$(PYTHON) tests/lib/run-python tests/load/soak.py $(DURATION)
 
 # What each needs, as a test that it is there; packages are only installed if one is not.
 have = (for command in $(1); do command -v $$command >/dev/null || exit 1; done)
@@ -141,11 +141,11 @@ install:
 	install -D -m 644 -t $(SHARE)/doc/tcp-tracers/examples examples/*.txt
 	install -D -m 644 -t $(SHARE)/doc/tcp-tracers/examples/fleet examples/fleet/*
 	install -D -m 644 -t $(SHARE)/doc/tcp-tracers/examples/container examples/container/*
-	install -D -m 644 completion/bash $(SHARE)/bash-completion/completions/tcplife
+	install -D -m 644 completion/tcp-tracers.bash $(SHARE)/bash-completion/completions/tcplife
 	for tool in $(filter-out tcplife,$(TOOLS)); do ln -sf tcplife $(SHARE)/bash-completion/completions/$$tool; done
 	sed 's,=/usr/,=$(PREFIX)/,' service/tcplife.service | \
 	    install -D -m 644 /dev/stdin $(ROOT)/lib/systemd/system/tcplife.service
-	install -D -m 644 service/logrotate $(DESTDIR)/etc/logrotate.d/tcp-tracers
+	install -D -m 644 service/tcp-tracers.logrotate $(DESTDIR)/etc/logrotate.d/tcp-tracers
 
 # Whatever install installs
 uninstall:

@@ -296,7 +296,7 @@ SAYS_HELP = r"""#!/bin/sh
 printf "  $colour--duration$plain ${colour}SECONDS$plain  exit after this many seconds\n"
 """
 COMPLETES = """
-. "$0/completion/bash"
+. "$0/completion/tcp-tracers.bash"
 COMP_WORDS=(tcplife --du) COMP_CWORD=1
 _tcp_tracers "$1" --du tcplife
 printf '%s\n' "${COMPREPLY[@]}"

@@ -1,6 +1,5 @@
 #!/bin/sh
-# The Debian package: built, installed, used and removed.
+# The Debian package: built, installed, used and removed; and make install.
 #
 # usage: package.t RELEASE         (bookworm, trixie, ...; as root)
-export RELEASE="${1:?}"
-"$(dirname "$0")/../lib/python" -m tap test_package | sed '/^# TAP results for/d'
+RELEASE="${1:?}" exec "$(dirname "$0")/../lib/unittest.t" test_package

@@ -46,7 +46,8 @@ check "no phrase that a reader stumbles over" "$python" tests/static/texts.py ph
 check "every message is in a manual page" "$python" tests/static/texts.py messages $(make -s tools) btfheaders
 check "the figures of README and manual pages are those of docs/benchmarks.md" \
     "$python" tests/static/texts.py figures
-check "shellcheck" shellcheck -x tests/*/*.sh tests/*/*.t tests/lib/python .ci/run completion/bash debian/*.postrm
+check "shellcheck" shellcheck -x tests/*/*.sh tests/*/*.t tests/lib/run-python .ci/run completion/tcp-tracers.bash \
+    debian/*.postrm
 check "no line over 120 columns" short_lines
 check "no file over 500 kB" no_large_file
 check "a part has the same text in all tools that share it" make -s same
