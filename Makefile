@@ -10,12 +10,12 @@
 # make bench     what tracing costs, beside the load untraced and beside the peers; draws docs/overhead.svg
 # make soak      all five tools under a mixed load for DURATION seconds (default 1800), checked against its counts
 # make install   what the Debian package has, below PREFIX (default /usr/local), DESTDIR before it
-# make uninstall
+# make uninstall   stop the service and remove what make install has installed; /var/log/tcp-tracers stays
 # make deb       the Debian package, in build/ (installs what is missing; as root)
 # make test-package   the package, built, installed, used and removed on Debian 12 and 13 (as root)
 # make test-container   the image of examples/container, built and run by podman, and its pod (as root)
-# make version   write the version that CHANGELOG.md says into the tools
-# make help
+# make version   write the version that CHANGELOG.md has into the tools
+# make help      this list
 
 PREFIX  ?= /usr/local
 DESTDIR ?=
@@ -41,7 +41,7 @@ ROOT  = $(DESTDIR)$(PREFIX)
 SHARE = $(ROOT)/share
 
 help:
-	@sed -n 's/^# make/make/p' Makefile
+	@sed -n 's/^# make/make/p' Makefile | awk -F '  +' '{printf "%-19s %s\n", $$1, $$2}'
 
 demo: deps-demo
 	@PYTHON=$(PYTHON) sh tests/setup/demo.sh
@@ -130,6 +130,9 @@ $(VALIDATE):
 tools:
 	@echo $(TOOLS)
 
+# For what is installed on this machine, and not below DESTDIR
+systemctl = [ -n "$(DESTDIR)" ] || [ ! -d /run/systemd/system ] || systemctl --quiet $(1)
+
 # /etc is where logrotate looks, whatever PREFIX is.
 install:
 	install -D -t $(SHARE)/tcp-tracers $(TOOLS:=.py) btfheaders.py service/tcplife-log.py
@@ -138,6 +141,8 @@ install:
 	for page in man/*/*; do \
 	    sed 's/^[.]Os$$/& tcp-tracers $(VERSION)/' $$page | install -D -m 644 /dev/stdin $(SHARE)/$$page || exit 1; \
 	done
+	install -D -m 644 -t $(SHARE)/doc/tcp-tracers README.md CHANGELOG.md SECURITY.md
+	install -D -m 644 -t $(SHARE)/doc/tcp-tracers/docs docs/*.md
 	install -D -m 644 -t $(SHARE)/doc/tcp-tracers/examples examples/*.txt
 	install -D -m 644 -t $(SHARE)/doc/tcp-tracers/examples/fleet examples/fleet/*
 	install -D -m 644 -t $(SHARE)/doc/tcp-tracers/examples/container examples/container/*
@@ -146,25 +151,26 @@ install:
 	sed 's,=/usr/,=$(PREFIX)/,' service/tcplife.service | \
 	    install -D -m 644 /dev/stdin $(ROOT)/lib/systemd/system/tcplife.service
 	install -D -m 644 service/tcp-tracers.logrotate $(DESTDIR)/etc/logrotate.d/tcp-tracers
+	$(call systemctl,daemon-reload)
 
 # Whatever install installs
 uninstall:
+	[ ! -e $(ROOT)/lib/systemd/system/tcplife.service ] || { $(call systemctl,disable --now tcplife); }
 	list=$$(mktemp -d) && $(MAKE) -s install DESTDIR=$$list && \
 	(cd $$list && find . ! -type d -printf '$(DESTDIR)/%P\0') | xargs -0 rm -f && \
 	(cd $$list && find . -depth -type d -path '*/tcp-tracers*' -printf '$(DESTDIR)/%P\0') | \
 	    xargs -0 rmdir --ignore-fail-on-non-empty && rm -r $$list
+	$(call systemctl,daemon-reload)
 
-# In a copy, because debhelper leaves files behind. What it needs is checked here, and a compiler is not.
+# In a copy, because debhelper leaves files behind. What it needs is checked here, and a compiler is not. The tag is
+# reported because the project has no mail address: see debian/README.source.
 deb: deps-deb
 	rm -rf build/deb && mkdir -p build/deb/tcp-tracers
-	cp -a Makefile CHANGELOG.md LICENSE *.py completion debian examples man service build/deb/tcp-tracers
-	awk -f debian/changelog.awk -v maintainer="$$(sed -n 's/^Maintainer: //p' debian/control)" CHANGELOG.md \
-	    >build/deb/tcp-tracers/debian/changelog
+	cp -a Makefile *.md LICENSE *.py completion debian docs examples man service build/deb/tcp-tracers
 	cd build/deb/tcp-tracers && dpkg-buildpackage --build=binary --no-sign --no-check-builddeps
-	lintian --fail-on error,warning build/deb/*.changes
+	lintian --fail-on error,warning --suppress-tags bogus-mail-host build/deb/*.changes
 	mv build/deb/*.deb build
 
-# CHANGELOG.md says the version; the tools say it alone, too.
 version:
 	sed -i 's/version="%(prog)s .*"/version="%(prog)s $(VERSION)"/' $(TOOLS:=.py)
 

@@ -6,21 +6,25 @@ import signal
 import subprocess
 import tempfile
 import time
+import zlib
 
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "tcp-tracers")
 # What they have, and what they have downloaded but not installed. There is no network in them.
 KINDS = {
     "build": ("make,debhelper,dh-python,lintian", ""),
-    "clean": ("systemd-sysv,logrotate,man-db,bash-completion,iproute2,python3", "python3-bpfcc"),
+    "clean": ("systemd-sysv,logrotate,man-db,bash-completion,dbus,zsh,make,strace,iproute2,python3", "python3-bpfcc"),
 }
 
 
 def base(release, kind):
     """Returns the folder of such a system, made by mmdebstrap if it is not in the cache."""
-    path = CACHE / ("package-%s-%s" % (kind, release))
     packages, downloaded = KINDS[kind]
+    name = "package-%s-%s" % (kind, release)
+    path = CACHE / ("%s-%08x" % (name, zlib.crc32(repr(KINDS[kind]).encode())))
     if not path.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
+        for old in CACHE.glob(name + "*"):
+            shutil.rmtree(old)
         part = path.with_suffix(".part")
         shutil.rmtree(part, ignore_errors=True)
         download = "APT_CONFIG=$MMDEBSTRAP_APT_CONFIG apt-get -qq -y --no-install-recommends --download-only install "

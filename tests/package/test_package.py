@@ -1,9 +1,13 @@
-"""The Debian package of this tree in one release: the tests build on each other, in the order of their names."""
+"""The Debian package of this tree in one release, and `make install`.
+
+The tests build on each other, in the order of their names.
+"""
 import gzip
 import json
 import os
 import pathlib
 import re
+import stat
 import subprocess
 import time
 import unittest
@@ -37,6 +41,31 @@ for _ in range(int(sys.argv[1])):
     time.sleep(float(sys.argv[2]) / int(sys.argv[1]))
 print(os.getpid(), *ports)
 """
+# In the system: holds the locks of apt, as unattended-upgrades does.
+LOCKS = """
+import fcntl, time
+files = [open(path, "a") for path in ("/var/lib/apt/lists/lock", "/var/lib/dpkg/lock-frontend")]
+for file in files:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+print(flush=True)
+time.sleep(3)
+"""
+
+
+def indented(path, start):
+    """Returns the indented line of a text that starts so: a command that readers are asked to type."""
+    return re.search("(?m)^(?:# )?    (%s.*)$" % re.escape(start), (REPO / path).read_text()).group(1)
+
+
+def copy_tree(root, name):
+    """Copies what a clone has to /root/NAME there. Returns its path."""
+    work = root / "root" / name
+    work.mkdir()
+    source = subprocess.Popen(["tar", "-c", "-C", REPO, "--exclude=./.git", "--exclude=./.venv", "--exclude=./build",
+                               "--exclude=__pycache__", "."], stdout=subprocess.PIPE)
+    subprocess.run(["tar", "-x", "-C", work], stdin=source.stdout, check=True)
+    source.communicate()
+    return work
 
 
 def files(root):
@@ -53,24 +82,33 @@ def files(root):
 
 
 class Shell:
-    """An interactive bash with its completions, on a terminal."""
+    """An interactive shell with its completions, on a terminal. C-g shows the line that is typed."""
 
-    def __init__(self, command):
-        self.bash = pexpect.spawn(command[0], command[1:], encoding="utf-8", dimensions=(500, 200), timeout=20)
-        self.bash.expect("[$#] $")
-        for line in ("PS1='> '", "bind 'set enable-bracketed-paste off'", "bind 'set bell-style none'",
-                     "bind 'set page-completions off'", "bind 'set completion-query-items -1'",
-                     """bind -x '"\\C-g": echo "<$READLINE_LINE>"'""", ". /usr/share/bash-completion/bash_completion"):
-            self.bash.sendline(line)
-            self.bash.expect("\r\n(.*\r\n)*> $")
+    BASH = ("bind 'set enable-bracketed-paste off'", "bind 'set bell-style none'", "bind 'set page-completions off'",
+            "bind 'set completion-query-items -1'", """bind -x '"\\C-g": echo "<$READLINE_LINE>"'""",
+            ". /usr/share/bash-completion/bash_completion")
+    ZSH = ("unset zle_bracketed_paste; unsetopt beep prompt_cr; LISTMAX=1000", "autoload -U compinit && compinit -u",
+           """show() { zle -I; echo "<$BUFFER>"; }; zle -N show; bindkey '^G' show""")
+
+    def __init__(self, command, lines):
+        self.pty = pexpect.spawn(command[0], command[1:], encoding="utf-8", dimensions=(500, 200), timeout=20)
+        self.pty.expect("[$#%] (\x1b[^>]*)?$")
+        for line in ("PS1='> '", *lines):
+            self.run(line)
+
+    def run(self, line):
+        """Returns what the shell has printed when it prompts again."""
+        self.pty.sendline(line)
+        self.pty.expect("(?s)\n(.*)> (\x1b[^>]*)?$")
+        return self.pty.match[1]
 
     def press(self, keys):
         for key in keys:
-            self.bash.send(key)
-        self.bash.send("\a")                        # see C-g above
-        self.bash.expect("(?s)^(.*)<(.*)>\r\n")
-        self.bash.send("\x15")                      # C-u: away with it
-        return self.bash.match.groups()
+            self.pty.send(key)
+        self.pty.send("\a")                         # see C-g above
+        self.pty.expect("(?s)^(.*)<([^\r\n]*)>\r\n")
+        self.pty.send("\x15")                       # C-u: away with it
+        return self.pty.match.groups()
 
     def complete(self, typed):
         """Returns what becomes of this after a Tab."""
@@ -81,7 +119,7 @@ class Shell:
         return set(self.press(typed + "\t\t")[0].partition("\r\n")[2].partition("\r\n> ")[0].split())
 
     def close(self):
-        self.bash.close(force=True)
+        self.pty.close(force=True)
 
 
 class Package(unittest.TestCase):
@@ -126,13 +164,8 @@ class Package(unittest.TestCase):
         self.fail("no session in the file: " + self.clean.run("journalctl", "-u", UNIT, "--no-pager"))
 
     def test_1_built(self):
-        """`make deb`, whose last step is lintian; and `make install` has the same files."""
-        work = self.build.root / "root/tcp-tracers"
-        work.mkdir()
-        source = subprocess.Popen(["tar", "-c", "-C", REPO, "--exclude=./.git", "--exclude=./.venv",
-                                   "--exclude=./build", "."], stdout=subprocess.PIPE)
-        subprocess.run(["tar", "-x", "-C", work], stdin=source.stdout, check=True)
-        source.communicate()
+        """`make deb`, whose last step is lintian. `make install` has the same files. dpkg-buildpackage works alone."""
+        work = copy_tree(self.build.root, "tcp-tracers")
         said = self.build.run("make", "-C", "/root/tcp-tracers", "-s", "deb")
         self.assertNotRegex(said, "(?m)^[EW]: ")
         deb = "build/tcp-tracers_%s_all.deb" % VERSION
@@ -153,6 +186,13 @@ class Package(unittest.TestCase):
         self.build.run("make", "-C", "/root/tcp-tracers", "-s", "uninstall", "PREFIX=/usr", "DESTDIR=/root/installed")
         self.assertEqual([path for path in files(self.build.root / "root/installed") if "tcp" in path], [])
 
+        clone = copy_tree(self.build.root, "clone")
+        before = files(clone)
+        self.build.run("env", "-C", "/root/clone", "dpkg-buildpackage", "--no-sign", "--no-check-builddeps")
+        self.assertTrue((self.build.root / ("root/tcp-tracers_%s.dsc" % VERSION)).exists())
+        self.build.run("env", "-C", "/root/clone", "debian/rules", "clean")
+        self.assertEqual(set(files(clone)) ^ set(before), set())
+
     def test_2_installed(self):
         self.clean.run("apt-get", "install", "-qq", "--no-install-recommends", "/root/tcp-tracers.deb")
         self.assertEqual(self.systemctl("is-enabled", UNIT, check=False), "disabled")
@@ -168,8 +208,51 @@ class Package(unittest.TestCase):
                 self.assertEqual(self.clean.run(tool, "--version"), "%s %s\n" % (tool, VERSION))
                 self.clean.run(tool, "--duration", "0.3", *["1"] * (tool == "tcpchurn"))
         self.assertIn("struct tcp_sock {", self.clean.run("btfheaders", "-t", "tcp_sock"))
+        (self.clean.root / "root/autopkgtest").write_bytes((REPO / "debian/tests/tools").read_bytes())
+        self.clean.run("env", "AUTOPKGTEST_TMP=/root", "sh", "/root/autopkgtest")
 
-    def test_3_service(self):
+    def test_3_reads_only(self):
+        """As SECURITY.md has it: a tool starts no program, uses no socket and opens no file to write.
+
+        But for kprobe_events, and files in a directory that only the thread which compiles can see.
+        """
+        for tool in TOOLS:
+            with self.subTest(tool=tool):
+                self.clean.run("env", "HOME=/", "strace", "-f", "-o", "/root/calls", "-e",    # or Python looks for it
+                               "execve,openat,open,creat,rename,%network",
+                               tool, "--duration", "0.3", *["1"] * (tool == "tcpchurn"))
+                calls = (self.clean.root / "root/calls").read_text()
+                self.assertEqual(calls.count("execve("), 1)
+                self.assertNotRegex(calls, r"(socket|connect|bind|send\w*)\(")
+                written = re.findall(r'"(.*)", (?:O_WRONLY|O_RDWR|.*O_CREAT)', calls)
+                self.assertGreater(len(written), 10)
+                self.assertEqual([path for path in written
+                                  if not re.match("/proc/bus/|/sys/kernel/(debug/)?tracing/kprobe_events$", path)], [])
+
+    def test_3_without_root(self):
+        """The command in SECURITY.md, with each tool: its user is not root, and it has these capabilities only."""
+        command = indented("SECURITY.md", "sudo systemd-run ")
+        netns = " --netns %d" % os.stat("/proc/%s/ns/net" % self.clean.init[0]).st_ino
+        capabilities = {"CAP_BPF": 39, "CAP_PERFMON": 38, "CAP_DAC_READ_SEARCH": 2, "CAP_SYS_PTRACE": 19}
+        shell = Shell(self.clean.command("bash", "--norc", "-i"), ('sudo() { "$@"; }', *Shell.BASH[:1]))
+        self.addCleanup(shell.close)
+        shell.pty.sendline(command + netns)
+        shell.pty.expect("\nPID ")
+        status = self.clean.run("sh", "-c", "cat $(grep -lx tcplife /proc/[0-9]*/comm | sed 's/comm$/status/')")
+        self.assertNotRegex(status, r"(?m)^Uid:.*\b0\b")
+        self.assertIn("\nCapEff:\t%016x\n" % sum(1 << capabilities[name] for name in re.findall(r"CAP_\w+", command)),
+                      status)
+        pid = self.clean.run("python3", "-c", SESSIONS, "1", "0").split()[0]
+        shell.pty.expect(r"\n%s +python3 " % pid)
+        shell.pty.sendintr()
+        shell.pty.expect("> $")
+        for tool in TOOLS:
+            with self.subTest(tool=tool):
+                said = shell.run(re.sub(r"\btcplife\b", tool, command) + netns + " --duration 0.3" +
+                                 " 1" * (tool == "tcpchurn") + "; echo status $?")
+                self.assertTrue(said.endswith("status 0\r\n"), said)
+
+    def test_4_service(self):
         netns = os.stat("/proc/%s/ns/net" % self.clean.init[0]).st_ino
         default = self.clean.root / "etc/default/tcplife"
         default.write_text("OPTIONS=--netns %d\n" % netns)          # not what others do on this machine meanwhile
@@ -230,14 +313,18 @@ class Package(unittest.TestCase):
             self.systemctl("restart", UNIT)
             self.until_traced()
 
-    def test_4_completion(self):
-        """In a real bash, whose PATH does not have the tools: as where sudo is typed before."""
+    def test_5_completion(self):
+        """In a real bash and a real zsh, whose PATH does not have the tools: as where sudo is typed before."""
         (self.clean.root / "run/netns").mkdir(exist_ok=True)
         self.clean.run("ip", "netns", "add", "blue")
         self.addCleanup(self.clean.run, "ip", "netns", "del", "blue")
         self.clean.run("mkdir", "/root/maps")
-        shell = Shell(self.clean.command("env", "PATH=/usr/bin:/bin", "HOME=/root", "bash", "--norc", "-i"))
+        user = ["env", "PATH=/usr/bin:/bin", "HOME=/root"]
+        shell = Shell(self.clean.command(*user, "bash", "--norc", "-i"), Shell.BASH)
         self.addCleanup(shell.close)
+        zsh = Shell(self.clean.command(*user, "zsh", "-f", "-i"),
+                    (*Shell.ZSH, indented("completion/tcp-tracers.bash", "autoload ")))
+        self.addCleanup(zsh.close)
         for typed, completed in (
                 ("tcplife --ow", "tcplife --owner "),
                 ("tcplife --owner c", "tcplife --owner close "),
@@ -255,6 +342,7 @@ class Package(unittest.TestCase):
                 ("tcpchurn -i ", "tcpchurn -i ")):
             with self.subTest(typed=typed):
                 self.assertEqual(shell.complete(typed), completed)
+                self.assertEqual(zsh.complete(typed).rstrip(), completed.rstrip("/ "))
         events = {event.partition("(")[0] for event in deeptcptracer.EVENT_NAMES}
         self.assertEqual(shell.offers("deeptcptracer -e "), events)
         for typed in "tcplife -p ", "tcplife -Tp ", "tcpaccept --pid ", "tcpchurn ", "tcpchurn -w 1 5 ":
@@ -266,7 +354,7 @@ class Package(unittest.TestCase):
                 known = set(re.findall(r"(?<![^ ,])--?[\w-]+", options))
                 self.assertEqual(shell.offers(tool + " -"), known)
 
-    def test_9_removed(self):
+    def test_8_removed(self):
         """While the service runs."""
         self.assertEqual(self.systemctl("is-active", UNIT, check=False), "active")
         self.clean.run("apt-get", "purge", "-qq", "tcp-tracers")
@@ -274,3 +362,23 @@ class Package(unittest.TestCase):
         self.assertEqual(self.systemctl("is-active", UNIT, check=False), "inactive")
         after = files(self.clean.root)
         self.assertEqual(sorted(set(after) ^ set(self.before)), [])
+
+    def test_9_make_install(self):
+        """Below /usr/local, with the service; what it needs is installed while another program holds apt's locks."""
+        copy_tree(self.clean.root, "tcp-tracers")
+        locks = subprocess.Popen(self.clean.command("python3", "-c", LOCKS), stdout=subprocess.PIPE)
+        locks.stdout.readline()
+        said = self.clean.run("sh", "/root/tcp-tracers/tests/setup/packages.sh", "demo")
+        self.assertEqual(locks.wait(), 0)
+        self.assertIn("waiting for another program", said)
+
+        before = files(self.clean.root)
+        make = ["make", "-C", "/root/tcp-tracers", "-s"]
+        self.clean.run(*make, "install")
+        self.systemctl("enable", "--now", UNIT)
+        self.until_traced()
+        self.clean.run(*make, "uninstall")
+        self.assertEqual(self.systemctl("is-active", UNIT, check=False), "inactive")
+        self.assertEqual(self.systemctl("show", "-P", "LoadState", UNIT), "not-found")
+        after = {path: mode for path, mode in files(self.clean.root).items() if not path.startswith(LOGS)}
+        self.assertEqual([path for path in after if path not in before and not stat.S_ISDIR(after[path])], [])

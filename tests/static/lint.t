@@ -47,7 +47,7 @@ check "every message is in a manual page" "$python" tests/static/texts.py messag
 check "the figures of README and manual pages are those of docs/benchmarks.md" \
     "$python" tests/static/texts.py figures
 check "shellcheck" shellcheck -x tests/*/*.sh tests/*/*.t tests/lib/run-python .ci/run completion/tcp-tracers.bash \
-    debian/*.postrm
+    debian/*.postrm debian/tests/tools
 check "no line over 120 columns" short_lines
 check "no file over 500 kB" no_large_file
 check "a part has the same text in all tools that share it" make -s same
