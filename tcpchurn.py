@@ -54,6 +54,7 @@ except ImportError:
         return compile_it()
 
 # ---- tcpchurn ----
+import atexit
 import bisect
 import itertools
 import math
@@ -82,6 +83,7 @@ INTERVAL = 0.1                  # seconds between checks of the process
 # Names in the C text, where they are numbers in this order, and what is printed.
 LOSSES = {"LOST_SOCKET": "closes lost: the map of live connections was full",
           "SKIPPED": "state changes or accepts lost: the kernel did not run the probe"}
+CAUSES = "map_full", "probe_skipped"            # the same for Prometheus
 COUNTS = "ACCEPTED", "CONNECTED", "CLOSED", "EXISTED"
 NOT_PRIVATE = ("!0.0.0.0/8,!10.0.0.0/8,!127.0.0.0/8,!169.254.0.0/16,!172.16.0.0/12,!192.168.0.0/16,"
                "!::/127,!fc00::/7,!fe80::/10")
@@ -357,30 +359,22 @@ def render(args, windows, totals, knows_existing=True):
 
 
 def labels_of(pid):
-    """Returns PID and COMM as labels for Prometheus, COMM escaped as in the text of the other tools."""
+    """Returns PID and COMM for labels(), COMM escaped as in the text of the other tools."""
     comm = b"\n"
     with contextlib.suppress(OSError), open("/proc/%s/comm" % pid, "rb") as file:
         comm = file.read()
-    text = comm[:-1].decode("latin-1").encode("unicode_escape").decode("ascii")
-    return 'pid="%s",comm="%s"' % (pid or "", text.replace("\\", r"\\").replace('"', r'\"'))
+    return {"pid": pid or "", "comm": comm[:-1].decode("latin-1").encode("unicode_escape").decode("ascii")}
 
 
-def publish(path, labels, start, totals, lost, knows_existing=True):
-    """Writes the counts in Prometheus' text format 0.0.4, where HELP and TYPE have to be the same in all files."""
-    new = path[:-len("prom")] + "new"           # a name that the collector does not read
-    with open(new, "w", opener=lambda name, how: os.open(name, how | os.O_NOFOLLOW, 0o644)) as file:
-        for name, kind, meaning, values in (
-                ("accepts_total", "counter", "TCP connections that the process accepted.", {"": totals[0]}),
-                ("connects_total", "counter", "Attempts of the process to connect by TCP.", {"": totals[1]}),
-                ("closes_total", "counter", "TCP connections that ended on the side of the process.", {"": totals[2]}),
-                ("open", "gauge", "TCP connections of the process that are open.",
-                 {"": open_of(totals)} if knows_existing else {}),
-                ("lost_total", "counter", "Events that tcpchurn knows it missed.",
-                 {',what="%s"' % what: n for what, n in zip(("map_full", "probe_skipped"), lost.values())}),
-                ("start_time_seconds", "gauge", "Unix time at which counting started.", {"": start})):
-            file.write("# HELP {0}_{1} {2}\n# TYPE {0}_{1} {3}\n".format(PROGRAM, name, meaning, kind))
-            file.writelines(["%s_%s{%s%s} %s\n" % (PROGRAM, name, labels, *value) for value in values.items()])
-    os.replace(new, path)                       # so that a reader never sees half a file
+def metrics(common, totals, knows_existing=True):
+    """Returns the counts since the start for publish(). common: from labels_of()."""
+    accepted, connected, closed, _ = totals
+    process = labels(**common)
+    return [("accepts_total", "counter", "TCP connections that the process accepted.", {process: accepted}),
+            ("connects_total", "counter", "Attempts of the process to connect by TCP.", {process: connected}),
+            ("closes_total", "counter", "TCP connections that ended on the side of the process.", {process: closed}),
+            ("open", "gauge", "TCP connections of the process that are open.",
+             {process: open_of(totals)} if knows_existing else {})]
 
 
 def trace(args):
@@ -394,26 +388,23 @@ def trace(args):
     report, wait = open_losses(fds), open_wait(process)
     knows_existing = learn_existing(fds, args, *args.pid or ())
     windows = Windows(args, fds["buckets"])
-    labels = labels_of(pid)
+    common = labels_of(pid)
     start = time.time()
     due = time.monotonic() + (0 if args.prometheus else args.interval)
     stop = gone = False
-    try:
-        while not stop:
-            stop = wait(due - time.monotonic())
-            gone = process and select.select([process], [], [], 0)[0]
-            stop = stop or bool(gone)
-            if stop or time.monotonic() >= due:
-                due = max(due + args.interval, time.monotonic())
-                report()
-                if args.prometheus:
-                    publish(args.prometheus, labels, start, windows.read()[1], LOST, knows_existing)
-                else:
-                    stop = write(render(args, *windows.read(), knows_existing)) or stop
-    finally:
-        if args.prometheus:
-            with contextlib.suppress(OSError):
-                os.unlink(args.prometheus)
+    if args.prometheus:
+        atexit.register(unpublish, args.prometheus)
+    while not stop:
+        stop = wait(due - time.monotonic())
+        gone = process and select.select([process], [], [], 0)[0]
+        stop = stop or bool(gone)
+        if stop or time.monotonic() >= due:
+            due = max(due + args.interval, time.monotonic())
+            report()
+            if args.prometheus:
+                publish(args.prometheus, metrics(common, windows.read()[1], knows_existing), start, **common)
+            else:
+                stop = write(render(args, *windows.read(), knows_existing)) or stop
     if gone:
         say("process %d has ended" % pid)
     report(in_all=True)
@@ -1121,6 +1112,35 @@ def open_losses(fds):
     report()
     before, due = skipped, 0    # what was skipped before does not count
     return report
+
+
+# ---- prometheus ----
+def labels(**values):
+    """Returns labels for Prometheus. The values are printable ASCII."""
+    return "{%s}" % ",".join(['%s="%s"' % (name, str(value).replace("\\", r"\\").replace('"', r'\"'))
+                              for name, value in values.items()])
+
+
+def publish(path, metrics, start, **common):
+    """Writes metrics in Prometheus' text format 0.0.4, where HELP and TYPE have to be the same in all files.
+
+    metrics: (name, type, HELP, {what follows the name: value}). start: Unix time. common: labels of all.
+    """
+    new = path[:-len("prom")] + "new"           # a name that the collector does not read
+    with open(new, "w", opener=lambda name, how: os.open(name, how | os.O_NOFOLLOW)) as file:
+        os.fchmod(file.fileno(), 0o644)         # whatever the umask is
+        for name, kind, meaning, values in (
+                *metrics, ("lost_total", "counter", "Events that %s knows it missed." % PROGRAM,
+                           {labels(**common, what=what): n for what, n in zip(CAUSES, LOST.values())}),
+                ("start_time_seconds", "gauge", "Unix time at which counting started.", {labels(**common): start})):
+            file.write("# HELP {0}_{1} {2}\n# TYPE {0}_{1} {3}\n".format(PROGRAM, name, meaning, kind))
+            file.writelines(["%s_%s%s %s\n" % (PROGRAM, name, *value) for value in values.items()])
+    os.replace(new, path)                       # so that a reader never sees half a file
+
+
+def unpublish(path):
+    with contextlib.suppress(OSError):
+        os.unlink(path)
 
 
 # ---- output ----

@@ -3,14 +3,14 @@
 # tcplife  Trace the lifespan of TCP sessions and summarize.
 #          For Linux, uses bcc, eBPF.
 #
-# usage: tcplife [-h] [-T] [-t] [-w | -s | --json] [-x] [-p PID] [-L LOCALPORT] [-D REMOTEPORT] [--laddr ADDRESS]
-#                [--raddr ADDRESS] [-4 | -6] [--failed] [-i SECONDS] [-c] [--rows N] [--by-peer] [--histogram]
-#                [--min-ms MS] [--existing] [--owner {accept,close}] [--unit] [--no-kprobe] [--name NAME] [--uid UID]
-#                [--cgroup PATH] [--netns NETNS] [--duration SECONDS] [--ebpf] [--version]
+# usage: tcplife [-h] [-T] [-t] [-w | -s | --json | --prometheus FILE] [-x] [-p PID] [-L LOCALPORT] [-D REMOTEPORT]
+#                [--laddr ADDRESS] [--raddr ADDRESS] [-4 | -6] [--failed] [-i SECONDS] [-c] [--rows N] [--by-peer]
+#                [--histogram] [--min-ms MS] [--existing] [--owner {accept,close}] [--unit] [--no-kprobe] [--name NAME]
+#                [--uid UID] [--cgroup PATH] [--netns NETNS] [--duration SECONDS] [--ebpf] [--version]
 #
 # Prints one line per finished session: the process that owns the socket, addresses, ports, bytes each way and
 # milliseconds; with -x also how it ended. Failed connects are shown, too; with -i also sessions that are open. With -c
-# it prints one table of how many there were instead.
+# it prints one table of how many there were instead, and with --prometheus it writes counters to a file.
 #
 # Traces the tracepoints sock:inet_sock_set_state and tcp:tcp_destroy_sock, and accept(). No packet is looked at. The
 # owner of a session is the process that called connect() or accept(): many state changes run in softirq, in the
@@ -55,6 +55,7 @@ except ImportError:
         return compile_it()
 
 # ---- tcplife ----
+import atexit
 import bisect
 import collections
 import csv
@@ -75,6 +76,7 @@ examples = """examples:
   ./tcplife --netns web  # only trace the network namespace web
   ./tcplife -x --existing -i 1 --duration 1     # list what is open now
   ./tcplife -c --duration 10                    # count by owner, peer and port
+  ./tcplife --prometheus tcplife.prom           # counters for node-exporter
 """
 
 PROGRAM = "tcplife"
@@ -92,6 +94,7 @@ LOSSES = {"LOST_EVENT": "sessions lost: the ring buffer was full",
           "LOST_UNCLAIMED": "sessions lost: the map of unaccepted sessions was full",
           "LOST_END": "sessions lost: their end was not seen",
           "SKIPPED": "state changes or accepts lost: the kernel did not run the probe"}
+CAUSES = "ring_full", "map_full", "unaccepted_full", "end_unseen", "probe_skipped"       # the same for Prometheus
 ROLES = {"EXISTED": None, "CONNECT": "connect", "ACCEPT": "accept"}
 ENDS = {"LOCAL": "local", "REMOTE": "remote", "BOTH": "both",           # these with FINs
         "ABORT": "abort", "QUIT": "quit", "UNSENT": None, "OPEN": "open"}
@@ -377,9 +380,12 @@ JSON = ('{"ts":%.6f,%s,"ip":%d,"laddr":"%s","lport":%d,"raddr":"%s","rport":%d,"
         '"netns":%d,"inode":%s,%s,"connect_ms":%s,"accept_ms":%s,"srtt_us":%s,"retrans":%d,"partial":%s,"ooo":%d,'
         '"min_rtt_us":%s,"cwnd":%d,"mss":%d,"lost":%d%s}\n')
 
-# Of -c.
+# Of -c and --prometheus.
 MAX_ROWS = 10000                # of a table, besides "(others)"
-STEP = math.log(1.04)           # bucket i has the times from 1.04 ** i to 1.04 ** (i + 1) ns
+MAX_SERIES = 1000               # the same of --prometheus
+DECADE = 59                     # buckets of 4 % each: bucket i has the times from 10 ** (i / DECADE) ns on
+STEP = math.log(10) / DECADE
+LIMITS = {"0.001": 6, "0.01": 7, "0.1": 8, "1": 9, "10": 10, "100": 11, "+Inf": math.inf}       # le: power of ten in ns
 _, CONNECT, ACCEPT = range(len(ROLES))
 OPEN, FINS = list(ENDS).index("OPEN"), ("local", "remote", "both")
 OTHERS = ("(others)", "", "", ""), '"comm":null,"role":null,"raddr":null,"port":null'
@@ -401,6 +407,9 @@ def parse_args(argv=None):
     output.add_argument("-s", "--csv", action="store_true", help="comma separated values output")
     output.add_argument("--json", action="store_true",
         help="print one JSON object per line, with exact bytes and times")
+    output.add_argument("--prometheus", metavar="FILE",
+        help="write counts since the start to FILE, for node-exporter's textfile collector, every 15 seconds, or "
+             "with -i every so many, and print nothing")
     add("-x", "--extra", action="store_true",
         help="include columns on how sessions started and ended: ROLE CONN_MS RTT_MS RETR END")
     add("-p", "--pid", type=processes, help="trace this PID only (or comma-separated ones)")
@@ -432,7 +441,11 @@ def parse_args(argv=None):
     add("--no-kprobe", action="store_true", help="trace accept() at the exit of the system call, kprobes or not")
     add_common(parser)
     args = parser.parse_args(argv)
-    if args.interval and args.failed and not args.count:
+    if args.prometheus is not None and not args.prometheus.endswith(".prom"):
+        parser.error("the textfile collector reads no file whose name does not end in .prom: %r" % args.prometheus)
+    if args.prometheus and (args.count or args.extra or args.time or args.timestamp):
+        parser.error("--prometheus prints nothing for -c, -x, -T and -t")
+    if args.interval and args.failed and not args.count and not args.prometheus:
         parser.error("-i prints open sessions, which --failed leaves out")
     if (args.rows or args.by_peer or args.histogram) and not args.count:
         parser.error("--rows, --by-peer and --histogram need -c")
@@ -445,7 +458,7 @@ def parse_args(argv=None):
 
 def walks(args):
     """Returns whether the options ask for sessions that are open."""
-    return bool(args.existing or (args.extra or args.json if args.count else args.interval))
+    return bool(args.existing or (args.extra or args.json if args.count else args.interval and not args.prometheus))
 
 
 def cflags(args):
@@ -481,7 +494,7 @@ def csv_line(row):
 
 
 def header(args):
-    if args.json:
+    if args.json or args.prometheus:
         return ""
     if args.count:
         return "Counting TCP sessions. Ctrl-C to end.\n" * os.isatty(1)
@@ -537,12 +550,12 @@ def unaccepted(fds):
 
 
 class Row:
-    """Sums over sessions. times and longest (in ns): of the sessions, of connect() and of accept(), as in ROLES."""
+    """Sums over sessions, ns: of their times. times and longest (in ns): of sessions, of connect() and of accept()."""
 
-    __slots__ = "ends", "longest", "netns", "owner", "retrans", "rx", "times", "tx"
+    __slots__ = "ends", "longest", "netns", "ns", "owner", "retrans", "rx", "times", "tx"
 
     def __init__(self, owner=b"", netns=0):
-        self.owner, self.netns, self.tx, self.rx, self.retrans = owner, netns, 0, 0, 0
+        self.owner, self.netns, self.tx, self.rx, self.retrans, self.ns = owner, netns, 0, 0, 0, 0
         self.ends, self.times, self.longest = collections.defaultdict(int), ({}, {}, {}), [0, 0, 0]
 
     def add_time(self, role, ns):
@@ -555,7 +568,7 @@ class Row:
     def merge(self, row):
         """Adds the sums of another row."""
         self.tx, self.rx, self.retrans = self.tx + row.tx, self.rx + row.rx, self.retrans + row.retrans
-        self.longest = [*map(max, self.longest, row.longest)]
+        self.longest, self.ns = [*map(max, self.longest, row.longest)], self.ns + row.ns
         for mine, counts in zip((self.ends, *self.times), (row.ends, *row.times)):
             for key, n in counts.items():
                 mine[key] = mine.get(key, 0) + n
@@ -594,7 +607,7 @@ class Row:
 
 
 class Table:
-    """What -c prints: a row per owner's name, role, remote address and the server's port."""
+    """What -c prints: a row per owner's name, role, remote address (not for --prometheus) and the server's port."""
 
     def __init__(self, args, start):
         self.args, self.by_peer, self.start, self.rows, self.others = args, args.by_peer, start, {}, Row()
@@ -605,6 +618,8 @@ class Table:
         (born, ready, owner, role, _, _, _, _, _, died, tx, rx, _, raddr, lport, rport, netns, _, retrans, end, err,
          *_) = record
         name = owner[self.name] if owner[:4] != bytes(4) else None
+        if self.args.prometheus:        # there is no end of addresses, and a cgroup has its name only while it exists
+            name, raddr = owner_text(owner)[1 + self.args.unit], None
         if role == ACCEPT:
             key = name, role, raddr if self.by_peer else None, lport
         else:
@@ -612,7 +627,7 @@ class Table:
         row = self.rows.get(key)
         if not row:
             row = self.others
-            if len(self.rows) < MAX_ROWS:
+            if len(self.rows) < (MAX_SERIES if self.args.prometheus else MAX_ROWS):
                 row = self.rows[key] = Row(owner, netns)
         row.ends[end, err] += 1
         if end == OPEN:
@@ -620,7 +635,9 @@ class Table:
         row.tx += tx
         row.rx += rx
         row.retrans += retrans
-        row.add_time(0, died - (born or self.start))
+        ns = max(0, died - (born or self.start))
+        row.ns += ns
+        row.add_time(0, ns)
         if ready and born and role:
             row.add_time(role, ready - born)
 
@@ -671,14 +688,38 @@ class Table:
                 lines.append(form % (*columns, n, failed, row.tx >> 10, row.rx >> 10, p50, p99, *extra))
         return "".join(lines)
 
+    def metrics(self, knows_open):
+        """Returns the sums since the start for publish(), and what is open now."""
+        sessions, sent, received, seconds, is_open = {}, {}, {}, {}, {}
+        rows = {(name, fate(role, 0, 0)[0], port): row for (name, role, _, port), row in self.rows.items()}
+        if self.others.ends:
+            rows[OTHERS[0][:3]] = self.others
+        for (name, role, port), row in rows.items():
+            common = {"unit" if self.args.unit else "comm": name, "role": role, "port": port}
+            every, (_, n, _, ends) = labels(**common), row.sessions()
+            sessions.update({labels(**common, end=end): count for end, count in ends.items()})
+            sent[every], received[every], is_open[every] = row.tx, row.rx, row.ends.pop((OPEN, 0), 0)
+            seconds.update({"_bucket" + labels(**common, le=le): sum([
+                count for bucket, count in row.times[0].items() if bucket < power * DECADE])
+                for le, power in LIMITS.items()})
+            seconds.update({"_sum" + every: row.ns / 1e9, "_count" + every: n})
+        return [("sessions_total", "counter", "TCP sessions that ended.", sessions),
+                ("sent_bytes_total", "counter", "Bytes of these sessions that the peer acknowledged.", sent),
+                ("received_bytes_total", "counter", "Bytes of these sessions that were received.", received),
+                ("duration_seconds", "histogram", "How long these sessions lasted.", seconds),
+                ("open", "gauge", "TCP sessions that are open.", is_open if knows_open else {})]
+
 
 def trace(args):
     """Prints sessions until a signal comes, the time is up or the reader of the output has gone."""
     fds = load(args)
     report, read, wait = open_losses(fds), open_events(fds, RECORD), open_wait(fds["events"])
     start = time.monotonic_ns()
-    due = start / 1e9 + (args.interval or math.inf)             # the next list or table
-    number = walks(args) and bool(args.count or args.interval)  # of the next list of open sessions
+    due = start / 1e9 + (0 if args.prometheus else args.interval or math.inf)   # the next list, table or file
+    number = walks(args) and bool(args.count or args.interval or args.prometheus)   # of the next list of open sessions
+    if args.prometheus:
+        began = time.time()
+        atexit.register(unpublish, args.prometheus)
     table = Table(args, start)
     if args.existing and learn_existing(fds, args) is None:
         number = 0
@@ -691,7 +732,7 @@ def trace(args):
             data = walk(fds, number, read)
             number = 0 if data is None else number % 0xffff + 1
         if is_due:
-            due = max(due + (args.interval or 0), time.monotonic())
+            due = max(due + (args.interval or 15), time.monotonic())
         # At the end, what nobody has accepted. One that is accepted just now is in both, with the same from its end on.
         wants_all = not (args.pid or args.name or args.uid or args.cgroup)
         unclaimed = unaccepted(fds) if stop and wants_all else []
@@ -700,10 +741,13 @@ def trace(args):
             claimed = {record[9:] for record in records}
             records += {record[9:]: record for record in unclaimed if record[9:] not in claimed}.values()
         wall = time.time_ns() - time.monotonic_ns()     # every time, as the clock may have been set
-        if args.count:
+        if args.count or args.prometheus:
             for record in records:
                 table.add(record)
-            stop = write(table.text() if is_due else "") or stop
+            if is_due and args.prometheus:
+                publish(args.prometheus, table.metrics(number), began)
+            elif is_due:
+                stop = write(table.text()) or stop
         else:
             stop = write("".join([line(args, record, start, wall) for record in records])) or stop
         report()
@@ -1572,6 +1616,35 @@ def times(args, ts, start, wall):
         text = time.strftime("%H:%M:%S" if args.time == 1 else "%Y-%m-%d %H:%M:%S", time.localtime(ms // 1000))
         columns = (text if args.time == 1 else "%s.%03d" % (text, ms % 1000),)
     return (*columns, "%.3f" % (max(0, ts - start) / 1e9)) if args.timestamp else columns
+
+
+# ---- prometheus ----
+def labels(**values):
+    """Returns labels for Prometheus. The values are printable ASCII."""
+    return "{%s}" % ",".join(['%s="%s"' % (name, str(value).replace("\\", r"\\").replace('"', r'\"'))
+                              for name, value in values.items()])
+
+
+def publish(path, metrics, start, **common):
+    """Writes metrics in Prometheus' text format 0.0.4, where HELP and TYPE have to be the same in all files.
+
+    metrics: (name, type, HELP, {what follows the name: value}). start: Unix time. common: labels of all.
+    """
+    new = path[:-len("prom")] + "new"           # a name that the collector does not read
+    with open(new, "w", opener=lambda name, how: os.open(name, how | os.O_NOFOLLOW)) as file:
+        os.fchmod(file.fileno(), 0o644)         # whatever the umask is
+        for name, kind, meaning, values in (
+                *metrics, ("lost_total", "counter", "Events that %s knows it missed." % PROGRAM,
+                           {labels(**common, what=what): n for what, n in zip(CAUSES, LOST.values())}),
+                ("start_time_seconds", "gauge", "Unix time at which counting started.", {labels(**common): start})):
+            file.write("# HELP {0}_{1} {2}\n# TYPE {0}_{1} {3}\n".format(PROGRAM, name, meaning, kind))
+            file.writelines(["%s_%s%s %s\n" % (PROGRAM, name, *value) for value in values.items()])
+    os.replace(new, path)                       # so that a reader never sees half a file
+
+
+def unpublish(path):
+    with contextlib.suppress(OSError):
+        os.unlink(path)
 
 
 # ---- output ----

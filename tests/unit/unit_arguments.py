@@ -24,7 +24,9 @@ ALL_LINES = ["--nosuch", "-z", "word", "--no-kprobe=yes", "--probes kprobe", "--
 # By tool: values that an option refuses, by option ("": without a value); and other wrong command lines.
 WRONG = {
     "tcplife": ({**ALL, "-p": PID, "-L": PORTS, "-D": PORTS, "--owner": ["", "nobody"]},
-                ["-4 -6", "-s -w", "-s --json", "-w --json"]),
+                ["-4 -6", "-s -w", "-s --json", "-w --json", "--prometheus a.txt", "--prometheus", "--prometheus=",
+                 *["--prometheus a.prom " + option for option in (
+                     "-w", "-s", "--json", "-c", "-x", "-T", "-t", "--rows 5", "--by-peer", "--histogram")]]),
     "tcpaccept": ({**ALL, "-p": PID, "-P": PORTS, "--cgroupmap": MAP, "--mntnsmap": MAP}, ["-4 -6"]),
     "tcpv4connect": ({**ALL, "-p": PID, "-P": PORTS, "-u": ["", "-1", "root", "4294967296", "1.0", "\u0661"]},
                      ["--failed", "--no-kprobe"]),

@@ -176,24 +176,30 @@ class Output(unittest.TestCase):
         self.assertEqual(value["open"], 12)
 
     def test_prometheus(self):
-        """To the letter: text format 0.0.4, and nothing is left beside the file."""
+        """To the letter: text format 0.0.4, for all to read, and nothing is left beside the file."""
+        self.addCleanup(os.umask, os.umask(0o077))
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "a.prom")
-            lost = dict(zip(tcpchurn.LOSSES, [0, 3]))
-            for accepted in 3, 4:
-                tcpchurn.publish(path, 'pid="1",comm="init"', 1795330800.25, (accepted, 6, 3, 5), lost)
+            process = {"pid": 1, "comm": "init"}
+            with mock.patch.object(tcpchurn, "LOST", dict(zip(tcpchurn.LOSSES, [0, 3]))):
+                for accepted in 3, 4:
+                    tcpchurn.publish(path, tcpchurn.metrics(process, (accepted, 6, 3, 5)), 1795330800.25, **process)
             with open(path) as file:
                 self.assertEqual(file.read(), PROM)
-            self.assertEqual(os.listdir(folder), ["a.prom"])
+            self.assertEqual((os.listdir(folder), os.stat(path).st_mode & 0o777), (["a.prom"], 0o644))
             os.symlink("/dev/full", os.path.join(folder, "a.new"))
             with self.assertRaises(OSError):            # whoever may write to the folder must not redirect root
-                tcpchurn.publish(path, "", 0, (0, 0, 0, 0), lost)
+                tcpchurn.publish(path, [], 0)
+            tcpchurn.unpublish(path)
+            tcpchurn.unpublish(path)                    # somebody else has removed it
+            self.assertEqual(os.listdir(folder), ["a.new"])
 
     def test_label_values(self):
         name = b'a"b\\\n\xff'
         with mock.patch.object(tcpchurn, "open", lambda *_: io.BytesIO(name + b"\n"), create=True):
-            self.assertEqual(tcpchurn.labels_of(1), r'pid="1",comm="a\"b\\\\\\n\\xff"')
-        self.assertEqual(tcpchurn.labels_of(1 << 22), 'pid="4194304",comm=""')          # it has just ended
+            self.assertEqual(tcpchurn.labels(**tcpchurn.labels_of(1)), r'{pid="1",comm="a\"b\\\\\\n\\xff"}')
+        self.assertEqual(tcpchurn.labels(**tcpchurn.labels_of(1 << 22)), '{pid="4194304",comm=""}')     # has just ended
+        self.assertEqual(tcpchurn.labels(**tcpchurn.labels_of(None)), '{pid="",comm=""}')
 
 
 if __name__ == "__main__":
