@@ -333,7 +333,7 @@ class Prometheus(unittest.TestCase):
         folder = pathlib.Path(tempfile.mkdtemp())
         (folder / "prometheus.yml").write_text(json.dumps({
             "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-            "rule_files": [str(parts.EXAMPLES / "tcpchurn.rules.yml")],
+            "rule_files": [str(path) for path in parts.EXAMPLES.glob("*.rules.yml")],
             "scrape_configs": [{"job_name": "node", "static_configs": [{"targets": ["127.0.0.1:9100"]}]}]}))
         for server in (parts.Web("node-exporter", "http://127.0.0.1:9100/metrics", "prometheus-node-exporter",
                                  "--web.listen-address=127.0.0.1:9100"),
@@ -374,11 +374,40 @@ class Prometheus(unittest.TestCase):
         self.assertEqual([value for _, value in (*lost, *errors)], [0, 0, 0])
         self.assertTrue(0 < time.time() - started < 60)
         self.assertEqual((tracer.stdout, list(file.parent.iterdir())), ("", []))
-        for command, given in ("metrics", text), ("rules " + str(parts.EXAMPLES / "tcpchurn.rules.yml"), ""):
-            result = subprocess.run(["promtool", "check", *command.split()], input=given, capture_output=True,
-                                    text=True)
-            self.assertEqual((result.returncode, result.stderr), (0, ""), result.stdout)
+        self.promtool("check metrics", text)
+
+    def promtool(self, command, text=""):
+        result = subprocess.run(["promtool", *command.split()], input=text, capture_output=True, text=True)
+        self.assertEqual((result.returncode, result.stderr), (0, ""), result.stdout)
+
+    @live.by_timer
+    def test_sessions(self):
+        """tcplife's counters are in Prometheus what was done, under any name, and the file is gone in the end."""
+        file, times = pathlib.Path("/var/lib/prometheus/node-exporter/tcplife.prom"), 12
+        with socket.create_server(("127.0.0.1", 0)) as listener, live.Tracer(
+                "tcplife", "--prometheus", file, "-i", "0.5", "--netns", "/proc/self/ns/net", "--existing") as tracer:
+            workload.wait(workload.spawn("shop", None, serve, listener, times, 0.2), workload.spawn(
+                "client", None, named, NAME, visit, listener.getsockname(), times, 100))
+
+            def found(what, more=""):
+                query = 'tcplife_%s{port="%d"%s}' % (what, listener.getsockname()[1], more)
+                return {(metric["comm"], metric["role"]): value for metric, value in self.value(query)}
+            client, server = ('a"b\\n\\xff', "connect"), ("shop", "accept")
+            parts.until(lambda: found("sessions_total") == {client: times, server: times})
+            for series, of_client, of_server in (
+                    (["sent_bytes_total"], 100 * times, 0), (["received_bytes_total"], 0, 100 * times),
+                    (["duration_seconds_bucket", ',le="0.1"'], 0, 0), (["duration_seconds_count"], times, times),
+                    (["duration_seconds_bucket", ',le="+Inf"'], times, times), (["open"], 0, 0)):
+                self.assertEqual(found(*series), {client: of_client, server: of_server}, series)
+            for seconds in found("duration_seconds_sum").values():
+                self.assertAlmostEqual(seconds, 0.2 * times, delta=times * 0.1 * live.SLOW)
+            self.assertEqual([value for _, value in self.value("tcplife_lost_total")], [0] * 5)
+            self.assertEqual([value for _, value in self.value("node_textfile_scrape_error")], [0])
+            text = file.read_text()
+        self.assertEqual((tracer.stdout, list(file.parent.iterdir())), ("", []))
+        self.promtool("check metrics", text)
 
     def test_alerts(self):
-        subprocess.run(["promtool", "test", "rules", pathlib.Path(__file__).with_name("tcpchurn.test.yml")], check=True,
-                       stdout=subprocess.DEVNULL)
+        for tool in "tcpchurn", "tcplife":
+            self.promtool("check rules %s" % (parts.EXAMPLES / (tool + ".rules.yml")))
+            self.promtool("test rules %s" % pathlib.Path(__file__).with_name(tool + ".test.yml"))

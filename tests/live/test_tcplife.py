@@ -1,7 +1,9 @@
 """tcplife against what known processes did: see workload.py."""
 import collections
 import os
+import re
 import socket
+import tempfile
 import unittest
 
 import live
@@ -218,6 +220,42 @@ class OneByOne(live.Alone):
         self.assertEqual(len(text.lines), 4)
         self.assertEqual(text.lines[0].split()[-5:], ["CONN_P99", "ACC_P99", "RETR", "OPEN", "WORST"])
         self.assertTrue(text.lines[3].startswith("(others)"))
+
+    def test_prometheus(self):
+        """The file says from the start on what these processes did, and is gone when the tool has exited."""
+        def found():
+            with open(path) as file:
+                return {series: float(value) for series, value in re.findall(r"(?m)^tcplife_(\S+) (\S+)$", file.read())}
+        expected, seconds = collections.Counter(), collections.defaultdict(lambda: [0, 0])
+        with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as listener, \
+                socket.create_connection(listener.getsockname()), listener.accept()[0]:
+            path, port = os.path.join(folder, "a.prom"), listener.getsockname()[1]
+            with live.Tracer("tcplife", "--prometheus", path, "-i", "0.3", "--existing", "--netns",
+                             self.netns) as tracer:
+                live.until(lambda: os.path.exists(path))
+                log = workload.sessions(workload.work(
+                    scenarios=["client_close", "client_reset", "refused", "server_exit"], rounds=2))
+                for known in log:
+                    row = 'comm="%s",role="%s",port="%d"' % (known["comm"], *{
+                        "client": ("connect", known["rport"]), "server": ("accept", known["lport"])}[known["role"]])
+                    expected.update({
+                        'sessions_total{%s,end="%s"}' % (row, known["end"]): 1, "open{%s}" % row: 0,
+                        "sent_bytes_total{%s}" % row: known["sent"],
+                        "received_bytes_total{%s}" % row: known["received"],
+                        "duration_seconds_count{%s}" % row: 1, 'duration_seconds_bucket{%s,le="+Inf"}' % row: 1})
+                    for at_least_or_most, died, born in (0, 0, 1), (1, 1, 0):
+                        seconds[row][at_least_or_most] += known["died"][died] - known["born"][born]
+                with open("/proc/self/comm") as comm:
+                    own = 'open{comm="%s",role="%%s",port="%d"}' % (comm.read()[:-1], port)
+                expected.update({own % "connect": 1, own % "accept": 1})
+                live.until(lambda: expected.items() <= found().items())
+                series = found()
+            self.assertEqual({key: series.get(key) for key in expected}, dict(expected))
+            self.assertEqual(sum(n for key, n in series.items() if key.startswith("sessions_total{")), len(log))
+            for row, (least, most) in seconds.items():
+                lasted = series["duration_seconds_sum{%s}" % row]
+                self.assertTrue(least - MS / 500 <= lasted <= most + MS / 500, (row, least, lasted, most))
+            self.assertEqual((tracer.stdout, os.listdir(folder)), ("", []))
 
     def test_no_port_is_left(self):
         """connect() fails before it has sent anything: nobody gave up, nothing was refused."""

@@ -67,9 +67,9 @@ class Text(unittest.TestCase):
         made = table(record(ready=1004000000), record(end="quit", err=111), record(end="open"), extra=True)
         names, values = [line.split() for line in made.text().splitlines()]
         self.assertEqual(names[10:], ["CONN_P99", "ACC_P99", "RETR", "OPEN", "WORST"])
-        self.assertEqual(values[4:], ["2", "1", "5", "1", "8.00", "8.00", "4.00", "N/A", "2", "1", "refused"])
+        self.assertEqual(values[4:], ["2", "1", "5", "1", "8.00", "8.00", "3.98", "N/A", "2", "1", "refused"])
         row, = rows(record(role="accept", ports=(80, 40000), ready=1002000000), extra=True)
-        self.assertEqual(row[10:], ["N/A", "1.98", "1", "0", "-"])
+        self.assertEqual(row[10:], ["N/A", "1.97", "1", "0", "-"])
 
     def test_columns_are_aligned(self):
         records = [record(), record(comm=b"a longer name", end="abort"), record(role="accept"), record(role=None),
@@ -110,7 +110,7 @@ class Text(unittest.TestCase):
         self.assertEqual(len(rows(*records, rows=10)), 10)
         *shown, others = rows(*records, rows=3, extra=True)
         self.assertEqual([row[0] for row in shown], ["x", "0"])
-        self.assertEqual(others, ["(others)", "8", "0", "23", "7", "5.05", "9.00", "N/A", "N/A", "8", "0", "-"])
+        self.assertEqual(others, ["(others)", "8", "0", "23", "7", "5.04", "9.00", "N/A", "N/A", "8", "0", "-"])
         self.assertEqual([row[:3] for row in rows(*records, rows=1)], [["(others)", "11", "2"]])
         self.assertEqual(len(objects(*records, rows=3)), 10)
 
@@ -170,12 +170,12 @@ class Text(unittest.TestCase):
 class Json(unittest.TestCase):
     def test_exact(self):
         with mock.patch("time.time", lambda: 1795330800.25):
-            text = table(record(ready=1002450000), record(end="quit", err=111), record(end=None), record(end=None),
+            text = table(record(ready=1002500000), record(end="quit", err=111), record(end=None), record(end=None),
                          record(end="open"), json=True).text()
         self.assertEqual(text, '{"ts":1795330800.250000,"comm":"shop","role":"connect","raddr":"10.30.0.32",'
                          '"port":7001,"n":4,"ends":{"N/A":2,"local":1,"refused":1},"open":1,"tx_bytes":12000,'
                          '"rx_bytes":4000,"retrans":4,"ms":{"p50":8.000000,"p99":8.000000,"max":8.000000},'
-                         '"connect_ms":{"p50":2.406334,"p99":2.406334,"max":2.450000},"accept_ms":null}\n')
+                         '"connect_ms":{"p50":2.488966,"p99":2.488966,"max":2.500000},"accept_ms":null}\n')
 
     def test_nulls(self):
         row, = objects(record(pid=0, comm=b"", role="accept", ports=(80, 1), end="open"))

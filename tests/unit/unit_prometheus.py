@@ -12,7 +12,6 @@ import ctext
 import tcplife
 import unit_count
 
-SHOP = 'comm="shop",role="connect",port="7001"'
 PROM = """\
 # HELP tcplife_sessions_total TCP sessions that ended.
 # TYPE tcplife_sessions_total counter
@@ -21,9 +20,11 @@ tcplife_sessions_total{comm="shop",role="connect",port="7001",end="refused"} 1
 # HELP tcplife_sent_bytes_total Bytes of these sessions that the peer acknowledged.
 # TYPE tcplife_sent_bytes_total counter
 tcplife_sent_bytes_total{comm="shop",role="connect",port="7001"} 9000
+tcplife_sent_bytes_total{comm="(others)",role="",port=""} 0
 # HELP tcplife_received_bytes_total Bytes of these sessions that were received.
 # TYPE tcplife_received_bytes_total counter
 tcplife_received_bytes_total{comm="shop",role="connect",port="7001"} 3000
+tcplife_received_bytes_total{comm="(others)",role="",port=""} 0
 # HELP tcplife_duration_seconds How long these sessions lasted.
 # TYPE tcplife_duration_seconds histogram
 tcplife_duration_seconds_bucket{comm="shop",role="connect",port="7001",le="0.001"} 0
@@ -35,9 +36,19 @@ tcplife_duration_seconds_bucket{comm="shop",role="connect",port="7001",le="100"}
 tcplife_duration_seconds_bucket{comm="shop",role="connect",port="7001",le="+Inf"} 3
 tcplife_duration_seconds_sum{comm="shop",role="connect",port="7001"} 2.516
 tcplife_duration_seconds_count{comm="shop",role="connect",port="7001"} 3
+tcplife_duration_seconds_bucket{comm="(others)",role="",port="",le="0.001"} 0
+tcplife_duration_seconds_bucket{comm="(others)",role="",port="",le="0.01"} 0
+tcplife_duration_seconds_bucket{comm="(others)",role="",port="",le="0.1"} 0
+tcplife_duration_seconds_bucket{comm="(others)",role="",port="",le="1"} 0
+tcplife_duration_seconds_bucket{comm="(others)",role="",port="",le="10"} 0
+tcplife_duration_seconds_bucket{comm="(others)",role="",port="",le="100"} 0
+tcplife_duration_seconds_bucket{comm="(others)",role="",port="",le="+Inf"} 0
+tcplife_duration_seconds_sum{comm="(others)",role="",port=""} 0.0
+tcplife_duration_seconds_count{comm="(others)",role="",port=""} 0
 # HELP tcplife_open TCP sessions that are open.
 # TYPE tcplife_open gauge
 tcplife_open{comm="shop",role="connect",port="7001"} 1
+tcplife_open{comm="(others)",role="",port=""} 0
 # HELP tcplife_lost_total Events that tcplife knows it missed.
 # TYPE tcplife_lost_total counter
 tcplife_lost_total{what="ring_full"} 0
@@ -68,7 +79,7 @@ def text(made, knows_open=True):
 
 
 def series(made, knows_open=True):
-    """Returns {(name, labels): value} of what is written."""
+    """Returns {(name, labels): value} of what is written, without what is 0 because there are no others."""
     found = {}
     for line in text(made, knows_open).splitlines():
         if not line.startswith("#"):
@@ -76,7 +87,7 @@ def series(made, knows_open=True):
             key = name[len("tcplife_"):], ",".join(value for _, value in LABEL.findall(labels))
             assert key not in found, key
             found[key] = float(value)
-    return found
+    return {key: value for key, value in found.items() if value or not key[1].startswith("(others)")}
 
 
 def one_of(values):
