@@ -383,9 +383,8 @@ JSON = ('{"ts":%.6f,%s,"ip":%d,"laddr":"%s","lport":%d,"raddr":"%s","rport":%d,"
 # Of -c and --prometheus.
 MAX_ROWS = 10000                # of a table, besides "(others)"
 MAX_SERIES = 1000               # the same of --prometheus
-DECADE = 59                     # buckets of 4 % each: bucket i has the times from 10 ** (i / DECADE) ns on
-STEP = math.log(10) / DECADE
-LIMITS = {"0.001": 6, "0.01": 7, "0.1": 8, "1": 9, "10": 10, "100": 11, "+Inf": math.inf}       # le: power of ten in ns
+STEP = math.log(1.04)           # bucket i has the times from 1.04 ** i to 1.04 ** (i + 1) ns; for --prometheus 10 ** i
+LIMITS = {"0.001": 6, "0.01": 7, "0.1": 8, "1": 9, "10": 10, "100": 11, "+Inf": math.inf}       # seconds: 10 ** i ns
 _, CONNECT, ACCEPT = range(len(ROLES))
 OPEN, FINS = list(ENDS).index("OPEN"), ("local", "remote", "both")
 OTHERS = ("(others)", "", "", ""), '"comm":null,"role":null,"raddr":null,"port":null'
@@ -558,9 +557,9 @@ class Row:
         self.owner, self.netns, self.tx, self.rx, self.retrans, self.ns = owner, netns, 0, 0, 0, 0
         self.ends, self.times, self.longest = collections.defaultdict(int), ({}, {}, {}), [0, 0, 0]
 
-    def add_time(self, role, ns):
+    def add_time(self, role, ns, step=STEP):
         """Counts a time in ns."""
-        times, bucket = self.times[role], int(math.log(ns) / STEP) if ns > 0 else 0
+        times, bucket = self.times[role], int(math.log(ns) / step) if ns > 0 else 0
         times[bucket] = times.get(bucket, 0) + 1
         if ns > self.longest[role]:
             self.longest[role] = ns
@@ -612,6 +611,7 @@ class Table:
     def __init__(self, args, start):
         self.args, self.by_peer, self.start, self.rows, self.others = args, args.by_peer, start, {}, Row()
         self.name = slice(24, 32) if args.unit else slice(4, 20)        # in struct owner: cgroup or comm
+        self.step = math.log(10) if args.prometheus else STEP
 
     def add(self, record):
         """Counts a session, given as for line()."""
@@ -637,9 +637,9 @@ class Table:
         row.retrans += retrans
         ns = max(0, died - (born or self.start))
         row.ns += ns
-        row.add_time(0, ns)
+        row.add_time(0, ns, self.step)
         if ready and born and role:
-            row.add_time(role, ready - born)
+            row.add_time(role, ready - born, self.step)
 
     def take(self):
         """Returns [((columns, JSON members), row)] in order, as many as fit, and starts again."""
@@ -692,16 +692,14 @@ class Table:
         """Returns the sums since the start for publish(), and what is open now."""
         sessions, sent, received, seconds, is_open = {}, {}, {}, {}, {}
         rows = {(name, fate(role, 0, 0)[0], port): row for (name, role, _, port), row in self.rows.items()}
-        if self.others.ends:
-            rows[OTHERS[0][:3]] = self.others
+        rows[OTHERS[0][:3]] = self.others
         for (name, role, port), row in rows.items():
-            common = {"unit" if self.args.unit else "comm": name, "role": role, "port": port}
-            every, (_, n, _, ends) = labels(**common), row.sessions()
-            sessions.update({labels(**common, end=end): count for end, count in ends.items()})
+            every = labels(**{"unit" if self.args.unit else "comm": name, "role": role, "port": port})
+            _, n, _, ends = row.sessions()
+            sessions.update({every[:-1] + ',end="%s"}' % end: count for end, count in ends.items()})
             sent[every], received[every], is_open[every] = row.tx, row.rx, row.ends.pop((OPEN, 0), 0)
-            seconds.update({"_bucket" + labels(**common, le=le): sum([
-                count for bucket, count in row.times[0].items() if bucket < power * DECADE])
-                for le, power in LIMITS.items()})
+            seconds.update({"_bucket" + every[:-1] + ',le="%s"}' % le: sum([
+                count for bucket, count in row.times[0].items() if bucket < limit]) for le, limit in LIMITS.items()})
             seconds.update({"_sum" + every: row.ns / 1e9, "_count" + every: n})
         return [("sessions_total", "counter", "TCP sessions that ended.", sessions),
                 ("sent_bytes_total", "counter", "Bytes of these sessions that the peer acknowledged.", sent),
