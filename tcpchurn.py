@@ -83,7 +83,7 @@ INTERVAL = 0.1                  # seconds between checks of the process
 # Names in the C text, where they are numbers in this order, and what is printed.
 LOSSES = {"LOST_SOCKET": "closes lost: the map of live connections was full",
           "SKIPPED": "state changes or accepts lost: the kernel did not run the probe"}
-CAUSES = "map_full", "probe_skipped"            # the same for Prometheus
+CAUSES = "map_full", "probe_skipped"            # LOSSES as labels for Prometheus
 COUNTS = "ACCEPTED", "CONNECTED", "CLOSED", "EXISTED"
 NOT_PRIVATE = ("!0.0.0.0/8,!10.0.0.0/8,!127.0.0.0/8,!169.254.0.0/16,!172.16.0.0/12,!192.168.0.0/16,"
                "!::/127,!fc00::/7,!fe80::/10")
@@ -1122,9 +1122,10 @@ def labels(**values):
 
 
 def publish(path, metrics, start, **common):
-    """Writes metrics in Prometheus' text format 0.0.4, where HELP and TYPE have to be the same in all files.
+    """Writes metrics, the losses and the start in Prometheus' text format 0.0.4, for the textfile collector.
 
-    metrics: (name, type, HELP, {what follows the name: value}). start: Unix time. common: labels of all.
+    metrics: (name, type, HELP, {what follows the name: value}). HELP and TYPE have to be the same in all its files.
+    start: Unix time. common: labels of the losses and of the start.
     """
     new = path[:-len("prom")] + "new"           # a name that the collector does not read
     with open(new, "w", opener=lambda name, how: os.open(name, how | os.O_NOFOLLOW)) as file:

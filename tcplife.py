@@ -94,7 +94,7 @@ LOSSES = {"LOST_EVENT": "sessions lost: the ring buffer was full",
           "LOST_UNCLAIMED": "sessions lost: the map of unaccepted sessions was full",
           "LOST_END": "sessions lost: their end was not seen",
           "SKIPPED": "state changes or accepts lost: the kernel did not run the probe"}
-CAUSES = "ring_full", "map_full", "unaccepted_full", "end_unseen", "probe_skipped"       # the same for Prometheus
+CAUSES = "ring_full", "map_full", "unaccepted_full", "end_unseen", "probe_skipped"       # LOSSES as labels
 ROLES = {"EXISTED": None, "CONNECT": "connect", "ACCEPT": "accept"}
 ENDS = {"LOCAL": "local", "REMOTE": "remote", "BOTH": "both",           # these with FINs
         "ABORT": "abort", "QUIT": "quit", "UNSENT": None, "OPEN": "open"}
@@ -382,7 +382,7 @@ JSON = ('{"ts":%.6f,%s,"ip":%d,"laddr":"%s","lport":%d,"raddr":"%s","rport":%d,"
 
 # Of -c and --prometheus.
 MAX_ROWS = 10000                # of a table, besides "(others)"
-MAX_SERIES = 1000               # the same of --prometheus
+MAX_SERIES = 1000               # the same, with --prometheus
 STEP = math.log(1.04)           # bucket i has the times from 1.04 ** i to 1.04 ** (i + 1) ns; for --prometheus 10 ** i
 LIMITS = {"0.001": 6, "0.01": 7, "0.1": 8, "1": 9, "10": 10, "100": 11, "+Inf": math.inf}       # seconds: 10 ** i ns
 _, CONNECT, ACCEPT = range(len(ROLES))
@@ -618,7 +618,7 @@ class Table:
         (born, ready, owner, role, _, _, _, _, _, died, tx, rx, _, raddr, lport, rport, netns, _, retrans, end, err,
          *_) = record
         name = owner[self.name] if owner[:4] != bytes(4) else None
-        if self.args.prometheus:        # there is no end of addresses, and a cgroup has its name only while it exists
+        if self.args.prometheus:        # addresses have no limit, and a cgroup that has gone has no name any more
             name, raddr = owner_text(owner)[1 + self.args.unit], None
         if role == ACCEPT:
             key = name, role, raddr if self.by_peer else None, lport
@@ -1624,9 +1624,10 @@ def labels(**values):
 
 
 def publish(path, metrics, start, **common):
-    """Writes metrics in Prometheus' text format 0.0.4, where HELP and TYPE have to be the same in all files.
+    """Writes metrics, the losses and the start in Prometheus' text format 0.0.4, for the textfile collector.
 
-    metrics: (name, type, HELP, {what follows the name: value}). start: Unix time. common: labels of all.
+    metrics: (name, type, HELP, {what follows the name: value}). HELP and TYPE have to be the same in all its files.
+    start: Unix time. common: labels of the losses and of the start.
     """
     new = path[:-len("prom")] + "new"           # a name that the collector does not read
     with open(new, "w", opener=lambda name, how: os.open(name, how | os.O_NOFOLLOW)) as file:
