@@ -1,4 +1,6 @@
 #!/usr/bin/python3
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The authors of tcp-tracers
 #
 # deeptcptracer  Trace what happens to TCP connections: state changes, FIN, RST, retransmissions, errors, zero windows.
 #                For Linux, uses bcc, eBPF.

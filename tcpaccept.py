@@ -1,4 +1,6 @@
 #!/usr/bin/python3
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The authors of tcp-tracers
 #
 # tcpaccept  Trace TCP accepts.
 #            For Linux, uses bcc, eBPF.

@@ -1,4 +1,6 @@
 #!/usr/bin/python3
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The authors of tcp-tracers
 #
 # tcplife  Trace the lifespan of TCP sessions and summarize.
 #          For Linux, uses bcc, eBPF.
@@ -382,7 +384,7 @@ JSON = ('{"ts":%.6f,%s,"ip":%d,"laddr":"%s","lport":%d,"raddr":"%s","rport":%d,"
 
 # Of -c and --prometheus.
 MAX_ROWS = 10000                # of a table, besides "(others)"
-MAX_SERIES = 1000               # the same, with --prometheus
+MAX_SERIES = 1000               # of --prometheus, with those of "(others)"
 STEP = math.log(1.04)           # bucket i has the times from 1.04 ** i to 1.04 ** (i + 1) ns; for --prometheus 10 ** i
 LIMITS = {"0.001": 6, "0.01": 7, "0.1": 8, "1": 9, "10": 10, "100": 11, "+Inf": math.inf}       # seconds: 10 ** i ns
 _, CONNECT, ACCEPT = range(len(ROLES))
@@ -611,7 +613,7 @@ class Table:
     def __init__(self, args, start):
         self.args, self.by_peer, self.start, self.rows, self.others = args, args.by_peer, start, {}, Row()
         self.name = slice(24, 32) if args.unit else slice(4, 20)        # in struct owner: cgroup or comm
-        self.step = math.log(10) if args.prometheus else STEP
+        self.step, self.series = math.log(10) if args.prometheus else STEP, 30          # those of others, and 6 more
 
     def add(self, record):
         """Counts a session, given as for line()."""
@@ -625,10 +627,15 @@ class Table:
         else:
             key = name, role, raddr, rport if role == CONNECT else min(lport, rport)
         row = self.rows.get(key)
-        if not row:
+        has_room = row or len(self.rows) < MAX_ROWS
+        if self.args.prometheus:        # a row has 12 series, and one for each end
+            more = 12 * (not row) + (end != OPEN and (not row or (end, err) not in row.ends))
+            has_room = self.series + more <= MAX_SERIES
+            self.series += has_room and more
+        if not has_room:
             row = self.others
-            if len(self.rows) < (MAX_SERIES if self.args.prometheus else MAX_ROWS):
-                row = self.rows[key] = Row(owner, netns)
+        elif not row:
+            row = self.rows[key] = Row(owner, netns)
         row.ends[end, err] += 1
         if end == OPEN:
             return
