@@ -7,7 +7,7 @@
 # make bench-fleet  what that costs a machine, and the bytes a session takes
 # make lint      the static part of the tests
 # make same      compare the parts that the tools share (FROM=tcplife: first copy that tool's into the others)
-# make bench     what tracing costs, beside the load untraced and beside the peers; draws docs/overhead.svg
+# make bench     what tracing costs, beside the peers (20 minutes); draws docs/overhead.svg
 # make soak      all five tools under a mixed load for DURATION seconds (default 1800), checked against its counts
 # make install   what the Debian package has, below PREFIX (default /usr/local), DESTDIR before it
 # make uninstall   stop the service and remove what make install has installed; /var/log/tcp-tracers stays
@@ -97,7 +97,7 @@ deps-test: deps-demo
 	 $(call have,prove shellcheck mandoc col cc bpftool sysctl mount jq nft) || sh tests/setup/packages.sh test
 
 deps-bench: deps-test
-	@$(PYTHON) -c 'import matplotlib' 2>/dev/null || sh tests/setup/packages.sh bench
+	@$(PYTHON) -c 'import matplotlib' 2>/dev/null && $(call have,perf) || sh tests/setup/packages.sh bench
 
 deps-kernels:
 	@$(call have,qemu-system-x86_64 qemu-system-aarch64 mmdebstrap busybox cpio modprobe xz zstd) || \

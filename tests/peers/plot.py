@@ -17,29 +17,30 @@ from matplotlib import pyplot as plt
 COLORS = {"ours": "#2da44e", "libbpf-tools": "#d29922", "bpfcc-tools": "#cf5b56"}
 # The rows to draw, as bench.py names them, and by what name.
 ROWS = {"tcplife": "tcplife", "tcpaccept": "tcpaccept", "tcpv4connect": "tcpv4connect", "tcpchurn": "tcpchurn",
-        "deeptcptracer -e tcp_set_state": "deeptcptracer\n(tcpstates)"}
+        "deeptcptracer -e tcp_set_state": "deeptcptracer\n-e tcp_set_state\n(tcpstates)"}
 
 
 def read(lines):
-    """Returns {tool: {"ours" or peer: (percent of the rate that is kept, percent of a CPU at 1,000 per second)}}."""
+    """Returns {tool: {"ours" or peer: (CPU us per connection, its spread, percent of a CPU at 1,000 per second)}}."""
     tools, tool = {}, None
     for line in lines:
         name, values = line[:32].strip(), line[32:].split()
-        if len(values) < 10 or not re.fullmatch(r"[\d.]+", values[0]):
+        if len(values) < 11 or not re.fullmatch(r"[\d.]+", values[0]):
             continue
         tool = tool if line.startswith(" ") else name
-        tools.setdefault(tool, {})["ours" if name == tool else name.split()[0]] = (
-            100 * float(values[0]), float(values[6]))
+        tools.setdefault(tool, {})["ours" if name == tool else name.split()[0]] = tuple(
+            float(values[column]) for column in (0, 1, 4))
     return {name: tools[tool] for tool, name in ROWS.items() if tool in tools}
 
 
-def draw(axes, tools, value, form):
-    """Draws one bar for each tool and peer. value: which of the values of read()."""
+def draw(axes, tools, title, form, value, spread=None):
+    """Draws one bar for each tool and peer. value, spread: which of the values of read()."""
     place, ticks = 0, []
     for bars in tools.values():
         for who, values in bars.items():
-            axes.barh(place, values[value], color=COLORS[who], height=0.8)
-            axes.text(values[value], place, "\N{NO-BREAK SPACE}" + form % values[value], va="center")
+            error = values[spread] if spread else 0
+            axes.barh(place, values[value], color=COLORS[who], height=0.8, xerr=error or None, ecolor="#808890")
+            axes.text(values[value] + error, place, "\N{NO-BREAK SPACE}" + form % values[value], va="center")
             place += 1
         ticks.append(place - (len(bars) + 1) / 2)
         place += 0.7
@@ -47,18 +48,18 @@ def draw(axes, tools, value, form):
     axes.invert_yaxis()
     axes.tick_params(length=0)
     axes.set_xticks([])
+    axes.margins(x=0.2)
+    axes.set_title(title + "\n(lower is better)", fontsize=9)
     for spine in axes.spines.values():
         spine.set_visible(False)
 
 
 def main():
     tools = read(sys.stdin)
-    figure, (kept, cpu) = plt.subplots(1, 2, figsize=(8.4, 3.4), sharey=True, layout="constrained")
-    draw(kept, tools, 0, "%.0f %%")
-    kept.set_title("rate of a full load that is kept", fontsize=9)
-    draw(cpu, tools, 1, "%.1f %%")
-    cpu.set_title("CPU at 1,000 connections per second", fontsize=9)
-    kept.invert_yaxis()
+    figure, (full, thousand) = plt.subplots(1, 2, figsize=(8.4, 3.6), sharey=True, layout="constrained")
+    draw(full, tools, "CPU time per connection, at full load", "%.1f \N{MICRO SIGN}s", 0, spread=1)
+    draw(thousand, tools, "CPU at 1,000 connections per second", "%.1f %%", 2)
+    full.invert_yaxis()
     figure.legend([plt.Rectangle((0, 0), 1, 1, color=color) for color in COLORS.values()], list(COLORS),
                   loc="center right", frameon=False)
     figure.savefig(sys.argv[1], transparent=True, metadata={"Date": None})

@@ -62,11 +62,19 @@ def messages(*tools):
     return wrong
 
 
+# Columns of bench.py: by the README's headings, and by what the manual pages say
+HEADINGS = {"CPU per connection": "CPU", "CPU at 1,000": "1000", "idle": "idle", "private": "priv", "peak": "peak",
+            "start": "start", "rate kept": "kept", "RSS": "RSS"}
+SENTENCES = {"CPU": r"used ([\d.]+) microseconds per connection", "1000": r"per second it used ([\d.]+) %",
+             "idle": r"Idle it used ([\d.]+) %", "kept": r"ran at (\d+) %", "RSS": r"RSS was (\d+) MB",
+             "priv": r"(\d+) MB of it private"}
+
+
 def benchmarks():
     """Returns the table of docs/benchmarks.md: {row: {column: text}}, a peer's row with that of the tool before it."""
     text = (ROOT / "docs/benchmarks.md").read_text()
-    table = re.search(r"^ +kept .*\n((?:.+\n)+?)a system call", text, re.MULTILINE)[1]
-    columns, rows, tool = ["kept", "range", "peer", "ns", "each", "us", "1000", "RSS", "start", "lost"], {}, None
+    heading, table = re.search(r"^ {30}(.*)\n((?:.+\n)+?)a system call", text, re.MULTILINE).groups()
+    columns, rows, tool = heading.split(), {}, None
     for line in table.splitlines():
         name, values = line[:32].strip(), line[32:].split()
         tool = tool if line.startswith(" ") else name
@@ -81,20 +89,31 @@ def figures():
 
     def expected(tool, column):
         of = [rows[name] for name in (tool, (tool, "libbpf-tools"), (tool, "bpfcc-tools")) if name in rows]
-        values = [row[column] for row in of]
+        values = [row.get(column, "no such column") for row in of]
         return ["%.0f" % (100 * float(value)) for value in values] if column == "kept" else values
 
     readme = (ROOT / "README.md").read_text()
-    for tool, *cells in re.findall(r"^\| ([\w -]+?)(?: \(tcpstates\))? \| ([\d./ %]+) \| ([\d./ %]+) \| ([\d./ ]+) \|$",
-                                   readme, re.MULTILINE):
-        for column, cell in zip(("1000", "kept", "RSS"), cells):
-            if re.findall(r"[\d.]+", cell) != expected(tool, column):
-                wrong.append("README.md: %s, %s: %s, not %s" % (tool, column, cell, " / ".join(expected(tool, column))))
+    heading, *lines = re.search(r"^Overhead, from (?:.+\n)+\n((?:\|.*\n)+)", readme, re.MULTILINE)[1].splitlines()
+    columns = [next((column for words, column in HEADINGS.items() if words in cell), cell.strip())
+               for cell in heading.split("|")[2:-1]]
+    for name, *cells in (line.split("|")[1:-1] for line in lines[1:]):
+        tool = re.sub(r" \(.*", "", name.strip())
+        for column, cell in zip(columns, cells):
+            if re.findall(r"[\d.]+", cell) != (should := expected(tool, column)):
+                wrong.append("README.md: %s, %s: %s, not %s" % (tool, column, cell.strip(), " / ".join(should)))
+    judged = re.findall(r"^\S+ +(\w+)(-bpfcc)? +(\d+) +(\d+) +(\d+)$", (ROOT / "docs/benchmarks.md").read_text(),
+                        re.MULTILINE)
+    for tool, what, *cells in re.findall(r"^\| (\w+): (wrong process|missed) \| (.*?) \| (.*?) \| (.*?) \|", readme,
+                                         re.MULTILINE):
+        theirs, ours = ([row for row in judged if row[:2] == (tool, peer)] for peer in ("-bpfcc", ""))
+        for cell, of, place in zip(cells, (ours, theirs, ours), (2, 3 + (what != "missed"), 3 + (what != "missed"))):
+            should = [row[place] for row in of]
+            if re.findall(r"\d+", cell) not in (should, sorted(set(should))):
+                wrong.append("README.md: %s: %s: %s, not %s" % (tool, what, cell, ", ".join(should)))
     for tool in (name for name in rows if isinstance(name, str) and " " not in name):
         text = page(tool + ".8")
-        for column, pattern in (("1000", r"per second it used ([\d.]+) %"), ("kept", r"ran at (\d+) %"),
-                                ("RSS", r"RSS was (\d+) MB")):
-            found = re.search(pattern, text)
+        for column in rows[tool].keys() & SENTENCES:
+            found = re.search(SENTENCES[column], text)
             if not found or found[1] != expected(tool, column)[0]:
                 wrong.append("%s(8): %s: %s, not %s" % (tool, column, found and found[1], expected(tool, column)[0]))
     return wrong
