@@ -40,7 +40,7 @@ SAMPLES = pathlib.Path(tempfile.gettempdir()) / "tcp-tracers-samples"
 HERTZ = 4999            # not a divisor of what happens regularly
 IDLE = 20               # seconds
 # What the kernel calls only to trace, with all that it calls in turn.
-TRACING = ("^(__traceiter_|bpf_prog_[0-9a-f]{16}_|bpf_trace_run|bpf_ringbuf_notify|trace_call_bpf|"
+TRACING = ("^(__traceiter_|__bpf_trace_|bpf_prog_[0-9a-f]{16}_|bpf_trace_run|bpf_ringbuf_notify|trace_call_bpf|"
            "perf_(syscall|trace|pending)_|syscall_(trace_enter|exit_work))")
 # name: (command, lines a connection or None, peers that do the same)
 TOOLS = {
@@ -92,8 +92,8 @@ class Traced:
     def under(self, connections, rate=0):
         """Returns CPU seconds under a load: (of the tool, of tracing in other processes)."""
         cpu = self.cpu()
-        subprocess.run(["perf", "record", "-q", "-a", "-g", "-e", "cpu-clock", "-F", str(HERTZ), "-o", SAMPLES,
-                        *load(connections, rate)], stdout=subprocess.DEVNULL, check=True)
+        subprocess.run(["perf", "record", "-q", "-a", "-g", "-e", "cpu-clock", "-F", str(HERTZ), "-m", "8M",
+                        "-o", SAMPLES, *load(connections, rate)], stdout=subprocess.DEVNULL, check=True)
         time.sleep(0.3)
         cpu = self.cpu() - cpu
         report = subprocess.check_output(["perf", "report", "-i", SAMPLES, "--stdio", "--no-children", "-g", "none",

@@ -90,7 +90,7 @@ def figures():
     def expected(tool, column):
         of = [rows[name] for name in (tool, (tool, "libbpf-tools"), (tool, "bpfcc-tools")) if name in rows]
         values = [row.get(column, "no such column") for row in of]
-        return ["%.0f" % (100 * float(value)) for value in values] if column == "kept" else values
+        return ["%.0f" % (100 * float(value)) if value[0].isdigit() and column == "kept" else value for value in values]
 
     readme = (ROOT / "README.md").read_text()
     heading, *lines = re.search(r"^Overhead, from (?:.+\n)+\n((?:\|.*\n)+)", readme, re.MULTILINE)[1].splitlines()
