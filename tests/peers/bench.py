@@ -196,7 +196,7 @@ def measure(commands, lines, rounds, connections):
         used, memory, start, printed = zip(*samples[name])
         sums = [sum(parts) for parts in used]
         lost = "%.1f%%" % (100 - 100 * sum(printed) / (rounds * 2 * connections * lines)) if lines else "-"
-        print("%-32s %5.1f %5.1f %5.1f %6.0f %5.2f %5.2f %5.0f %5.0f %5.0f %5.2f %6s" % (
+        print("%-32s %5.1f %5.1f %5.1f %6.0f %5.1f %5.2f %5.0f %5.0f %5.0f %5.2f %6s" % (
             name, statistics.median(sums), (max(sums) - min(sums)) / 2, statistics.median(tool for tool, _ in used),
             in_kernel(command, connections), at_a_thousand(command), idles[name], *map(max, zip(*memory)),
             statistics.median(start), lost), flush=True)

@@ -112,7 +112,7 @@ def figures():
                 wrong.append("README.md: %s: %s: %s, not %s" % (tool, what, cell, ", ".join(should)))
     for tool in (name for name in rows if isinstance(name, str) and " " not in name):
         text = page(tool + ".8")
-        for column in rows[tool].keys() & SENTENCES:
+        for column in filter(rows[tool].get, SENTENCES):
             found = re.search(SENTENCES[column], text)
             if not found or found[1] != expected(tool, column)[0]:
                 wrong.append("%s(8): %s: %s, not %s" % (tool, column, found and found[1], expected(tool, column)[0]))
