@@ -162,12 +162,14 @@ def at_a_thousand(command, seconds=10):
 def idle(commands):
     """Returns the percent of a CPU that each of these takes at the same time while none has anything to print."""
     tools = [Traced(command) for command in commands]
-    for _ in range(5):              # others may use the network
+    for _ in range(3):              # others may use the network
         before = [(tool.size(), tool.cpu()) for tool in tools]
         time.sleep(IDLE)
         percents = [100 * (tool.cpu() - cpu) / IDLE for tool, (_, cpu) in zip(tools, before)]
         if [tool.size() for tool in tools] == [size for size, _ in before]:
             break
+    else:
+        percents = [float("nan")] * len(tools)
     for tool in tools:
         tool.end()
     return percents
