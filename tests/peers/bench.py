@@ -107,7 +107,8 @@ class Traced:
         found = {}
         for path in pathlib.Path("/proc/%d/fdinfo" % self.process.pid).iterdir():
             info = dict(line.split(":\t", 1) for line in path.read_text().splitlines() if ":\t" in line)
-            found[info.get("prog_id")] = int(info.get("run_time_ns", 0))
+            if "run_time_ns" in info:           # a link has a prog_id, too
+                found[info["prog_id"]] = int(info["run_time_ns"])
         return sum(found.values())
 
     def size(self):
