@@ -1,5 +1,8 @@
 -- The table for the JSON lines of tcplife and one for its messages, kept for 14 days; and one for the sessions that -i
--- lists as open, where the last line of a session replaces those before it.
+-- lists as open, where the last line of a session replaces those before it. The user in tcplife.conf may only insert:
+--     CREATE USER tcplife IDENTIFIED BY '...'
+--     GRANT INSERT ON default.* TO tcplife
+-- (18.16 has users.xml for that.)
 --
 -- ClickHouse before 19.6 (Debian 12 has 18.16) knows neither LowCardinality nor TTL:
 --     sed 's/LowCardinality(\(.*\)),/\1,/; /^TTL/d' tcplife.sql | clickhouse-client -n

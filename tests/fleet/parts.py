@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -18,6 +19,9 @@ EXAMPLES = live.ROOT / "examples/fleet"
 HOST = "web1"                   # what syslog-ng takes for the name of its machine
 SHARDS = {"ch1": "10.99.0.1", "ch2": "10.99.0.2"}       # each in a network namespace of that name
 CHDB = "/opt/chdb/bin/python"
+# The user of tcplife.conf, as a server of 18.16 knows it
+USER = """<users><tcplife><password>secret</password><networks><ip>::/0</ip></networks>
+    <profile>default</profile><quota>default</quota></tcplife>"""
 
 
 def until(true, seconds=30):
@@ -91,13 +95,16 @@ class ClickHouse(Web):
     def __init__(self, name):
         self.address, folder = SHARDS[name], pathlib.Path("/etc/clickhouse-server-" + name)
         config = pathlib.Path("/etc/clickhouse-server/config.xml").read_text()
-        for before, after in (("<tcp_port>", "<listen_host>%s</listen_host><tcp_port>" % self.address),
+        for before, after in (("<tcp_port>", "<listen_host>%s</listen_host><https_port>8443</https_port><tcp_port>" %
+                               self.address),
+                              ("<dhParamsFile>/etc/clickhouse-server/dhparam.pem</dhParamsFile>", ""),
                               ("/var/lib/clickhouse/", "/var/lib/clickhouse-%s/" % name),
                               ("/var/log/clickhouse-server/", "/var/log/clickhouse-server/%s-" % name)):
             config = config.replace(before, after)
         (folder / "config.d").mkdir(parents=True)
         (folder / "config.xml").write_text(config)
-        (folder / "users.xml").write_bytes(pathlib.Path("/etc/clickhouse-server/users.xml").read_bytes())
+        users = pathlib.Path("/etc/clickhouse-server/users.xml").read_text()
+        (folder / "users.xml").write_text(users.replace("<users>", USER))
         (folder / "config.d/shards.xml").write_bytes((EXAMPLES / "shards.xml").read_bytes())
         subprocess.run(["install", "-d", "-o", "clickhouse", "/var/lib/clickhouse-" + name], check=True)
         super().__init__(name, "http://%s:8123" % self.address, "clickhouse-server", "--config=%s/config.xml" % folder,
@@ -137,8 +144,8 @@ class SyslogNg(Daemon):
     def configure(self, namespace="/proc/self/ns/net", servers=("clickhouse",)):
         """Our file, for the sessions in one network namespace: by default in this one, where nobody else has any."""
         text = (EXAMPLES / "tcplife.conf").read_text().replace("tcplife --json", "tcplife --json --netns " + namespace)
-        text = re.sub(r'"http://clickhouse(.*)"', lambda url: " ".join(
-            '"http://%s%s"' % (server, url[1]) for server in servers), text)
+        text = re.sub(r'"https://clickhouse(.*)"', lambda url: " ".join(
+            '"https://%s%s"' % (server, url[1]) for server in servers), text)
         pathlib.Path("/etc/syslog-ng/conf.d/tcplife.conf").write_text(text)
 
     @property
@@ -168,3 +175,15 @@ def prepare():
         subprocess.run(["ip", *command.split()], check=True)
     subprocess.run(["make", "-s", "install"], cwd=live.ROOT, check=True)
     os.makedirs("/var/lib/syslog-ng", exist_ok=True)
+    make_certificate()
+
+
+def make_certificate():
+    """A certificate for the servers' names, which this machine trusts."""
+    names = "subjectAltName=" + ",".join("DNS:" + name for name in ("clickhouse", *SHARDS))
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=clickhouse",
+                    "-addext", names, "-keyout", "/etc/clickhouse-server/server.key",
+                    "-out", "/etc/clickhouse-server/server.crt"], check=True, stderr=subprocess.DEVNULL)
+    shutil.chown("/etc/clickhouse-server/server.key", "clickhouse")
+    shutil.copy("/etc/clickhouse-server/server.crt", "/usr/local/share/ca-certificates/clickhouse.crt")
+    subprocess.run(["update-ca-certificates"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -4,11 +4,12 @@
 usage: peers.py
 
 Runs what is there of tcplife-bpfcc, tcpaccept-bpfcc and tcpconnect-bpfcc (package bpfcc-tools), with the installed
-kernel headers, or with the types of btfheaders.py where there are none.
+kernel headers, or with the types of btfheaders.py where there are none, and tcplife of the package libbpf-tools.
 """
 import collections
 import contextlib
 import os
+import pathlib
 import platform
 import shutil
 import signal
@@ -21,11 +22,11 @@ import live
 import test_tcpaccept
 import workload
 
-# The peer, our tool, and where in a line the peer prints what identifies a connection, by the names in our JSON.
+# Our tool, its peers, and where in a line they print what identifies a connection, by the names in our JSON.
 PAIRS = [
-    ("tcplife-bpfcc", "tcplife", {"lport": 3, "raddr": 4, "rport": 5}),
-    ("tcpaccept-bpfcc", "tcpaccept", {"raddr": 3, "rport": 4, "lport": 6}),
-    ("tcpconnect-bpfcc", "tcpv4connect", {"daddr": 4, "dport": 5}),
+    ("tcplife", ("tcplife-bpfcc", "libbpf tcplife"), {"lport": 3, "raddr": 4, "rport": 5}),
+    ("tcpaccept", ("tcpaccept-bpfcc",), {"raddr": 3, "rport": 4, "lport": 6}),
+    ("tcpv4connect", ("tcpconnect-bpfcc",), {"daddr": 4, "dport": 5}),
 ]
 ROW = "%-24s %-18s %8s %8s %12s"
 
@@ -35,7 +36,7 @@ class Peer:
 
     def __init__(self, path):
         self.out = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen([path], stdout=self.out, stderr=subprocess.DEVNULL,
+        self.process = subprocess.Popen(["stdbuf", "-oL", path], stdout=self.out, stderr=subprocess.DEVNULL,
                                         env=dict(os.environ, PYTHONUNBUFFERED="1"))
 
     def __enter__(self):
@@ -50,6 +51,14 @@ class Peer:
         self.process.wait(live.START)
         self.out.seek(0)
         self.lines = self.out.read().splitlines() or None
+
+
+def find(peer):
+    """Returns the path of a peer, or None. That of libbpf-tools is no script, as ours is, which has the same path."""
+    path = shutil.which(peer.replace("libbpf ", "/usr/sbin/"))
+    if path and peer.startswith("libbpf ") and not pathlib.Path(path).read_bytes().startswith(b"\x7fELF"):
+        return None
+    return path
 
 
 def parse(lines, places):
@@ -81,23 +90,23 @@ def expected(log, tool, names):
 def main():
     signal.signal(signal.SIGINT, signal.default_int_handler)    # a background job ignores it, and so would the peers
     release = platform.release()
-    ours = {tool: live.Tracer(tool, "--json", check=False) for _, tool, _ in PAIRS}
+    ours = {tool: live.Tracer(tool, "--json", check=False) for tool, _, _ in PAIRS}
     with contextlib.ExitStack() as stack:
         for one in ours.values():
             one.start()
             stack.callback(one.process.kill)        # if another one fails to start
         if not os.path.exists("/lib/modules/%s/build" % release):
             stack.enter_context(btfheaders.kernel_source(btfheaders.COMMON_TYPES))
-        peers = {peer: Peer(shutil.which(peer)) for peer, _, _ in PAIRS if shutil.which(peer)}
+        peers = {peer: Peer(find(peer)) for _, some, _ in PAIRS for peer in some if find(peer)}
         for one in [*peers.values(), *ours.values()]:
             stack.enter_context(one)
         time.sleep(live.SLOW / 2)       # from the peers' heading to their tracing
         log = workload.work()
         time.sleep(live.SLOW / 2)
     print(ROW % ("kernel", "tool", "of", "missed", "wrong owner"))
-    for peer, tool, places in PAIRS:
+    for tool, some, places in PAIRS:
         known = expected(log, tool, places)
-        if peer in peers:
+        for peer in filter(peers.get, some):
             lines = peers[peer].lines
             print(ROW % (release, peer, len(known), *(score(known, parse(lines, places)) if lines else ("no run", ""))))
         if tool == "tcpv4connect":
