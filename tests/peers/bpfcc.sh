@@ -4,7 +4,7 @@
 # usage: bpfcc.sh [-a | TOOL ...]       (default: those that look at the network; -a: all)
 #
 # runs        had a program in the kernel within WAIT seconds (default 20), and still two seconds later
-# compiles    and ends after that, mostly because there are no kprobes
+# no hook     compiles, and ends after that, mostly because there are no kprobes
 # fails       does not compile, or the kernel refuses it
 # -           ends before that: it needs arguments, or something that is not here
 set -eu
@@ -52,7 +52,7 @@ result() {          # result TOOL PATH
     done
     sleep 2
     result='-'
-    ! grep -q '^bpfcc.sh: compiled' "$tmp/out" || result=compiles
+    ! grep -q '^bpfcc.sh: compiled' "$tmp/out" || result='no hook'
     ! has_program $pid || result=runs
     kill $pid 2>/dev/null || true
     wait $pid 2>/dev/null || true

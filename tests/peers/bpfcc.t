@@ -1,5 +1,5 @@
 #!/bin/sh
-# bcc's own tools with the types of btfheaders.py. The table in its man page is what bpfcc.sh prints.
+# bcc's own tools with the types of btfheaders.py. The table in docs/benchmarks.md is what bpfcc.sh prints.
 # shellcheck source=tests/lib/tap.sh disable=SC2031
 . "$(dirname "$0")/../lib/tap.sh"
 
@@ -9,7 +9,7 @@ known='nfsslower'
 works() {           # works TOOL RESULT
     echo "$2"
     case $2 in
-    runs | compiles | -) ;;
+    runs | 'no hook' | -) ;;
     *) case " $known " in *" $1 "*) ;; *) return 1 ;; esac ;;
     esac
 }

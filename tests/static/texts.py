@@ -4,8 +4,8 @@
 usage: texts.py phrases FILE ... | messages TOOL ... | figures
 
 phrases: no phrase of phrases.txt is in these files. messages: whatever these tools print on standard error is in their
-manual pages. figures: the README's and the manual pages' figures are those of docs/benchmarks.md. Prints what is wrong;
-exit status 1 if anything is.
+manual pages. figures: the README's and the manual pages' figures are those of docs/benchmarks.md, and its samples those
+of the example files. Prints what is wrong; exit status 1 if anything is.
 """
 import ast
 import importlib
@@ -62,9 +62,9 @@ def messages(*tools):
     return wrong
 
 
-# Columns of bench.py: by the README's headings, and by what the manual pages say
-HEADINGS = {"CPU per connection": "CPU", "CPU at 1,000": "1000", "idle": "idle", "private": "priv", "peak": "peak",
-            "start": "start", "rate kept": "kept", "RSS": "RSS"}
+# Columns of bench.py: by the README's headings, with their units, and by what the manual pages say
+COLUMNS = {"CPU per connection": ("CPU", "us"), "CPU at 1,000 per second (tool + BPF)": ("1000", "%"),
+           "idle": ("idle", "%"), "private memory": ("priv", "MB"), "start": ("start", "s")}
 SENTENCES = {"CPU": r"used ([\d.]+) microseconds per connection", "1000": r"per second it used ([\d.]+) %",
              "idle": r"Idle it used ([\d.]+) %", "kept": r"ran at (\d+) %", "RSS": r"RSS was (\d+) MB",
              "priv": r"(\d+) MB of it private"}
@@ -83,39 +83,92 @@ def benchmarks():
     return rows
 
 
+def at_a_thousand(row):
+    """Returns the CPU at 1,000 connections per second, of the tool and of its BPF programs."""
+    return row["1000"] if "CPU" in row else "%.1f" % (float(row["1000"]) + float(row["ns"]) / 1e4)
+
+
+def shown(row, column):
+    """Returns the text of a column of the README; 2.00 seconds: nothing was printed within them."""
+    name, unit = COLUMNS[column]
+    value = at_a_thousand(row) if name == "1000" else row.get(name, "-")
+    return "-" if value == "-" or (name, value) == ("start", "2.00") else "%s %s" % (value, unit)
+
+
+def tables(text):
+    """Returns the tables of a text in Markdown, each a list of rows of cells."""
+    return [[[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
+             if not line.startswith("|-")] for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)]
+
+
+def costs(heading, rows):
+    """Returns what is wrong in the README's table of costs. What is not measured is a dash."""
+    known, wrong = benchmarks(), []
+    for tool, *cells in rows:
+        tool = re.sub(r" \(.*\)", "", tool)
+        of = [known[name] for name in (tool, (tool, "libbpf-tools"), (tool, "bpfcc-tools")) if name in known]
+        for column, cell in zip(heading[1:], cells):
+            expected = [shown(row, column) for row in of]
+            expected = " / ".join(expected) if set(expected) != {"-"} else "-"
+            if cell != expected:
+                wrong.append("README.md: %s, %s: %s, not %s" % (tool, column, cell, expected))
+    return wrong
+
+
+def accuracy(_, rows):
+    """Returns what is wrong in the README's table of what tools missed, and whose owners were wrong."""
+    text, wrong = (ROOT / "docs/benchmarks.md").read_text(), []
+    known = re.findall(r"^(\d+[.]\d+)\S* +(\S.*?\S) +(\d+) +(\d+) +(\d+)$", text, re.MULTILINE)
+    for name, *cells in rows:
+        tool, what = name.split(": ")
+        number = {"missed": 3, "wrong process": 4}[what]
+        expected = [", ".join(dict.fromkeys(row[2] for row in known if row[1] == tool))]
+        expected.append(", ".join(row[number] for row in known if row[1] == tool + "-bpfcc" and row[0] != "6.18"))
+        expected.append(", ".join(row[number] for row in known if row[1] == "libbpf " + tool))
+        expected.append(", ".join(dict.fromkeys(row[number] for row in known if row[1] == tool)))
+        if cells != expected:
+            wrong.append("README.md: %s: %s, not %s" % (name, cells, expected))
+    return wrong
+
+
+def measured(unit):
+    """Returns the numbers that have this unit in the documents with measurements."""
+    paths = [ROOT / "docs/benchmarks.md", *(ROOT / "examples").glob("*.txt")]
+    text = " ".join([path.read_text() for path in paths] + [page(path.name) for path in (ROOT / "man").glob("*/*")])
+    found = set(re.findall(r"([\d.,]*\d) %s(?!\w)" % {"ms": "(?:ms|milliseconds)"}.get(unit, unit), text))
+    return found | {row.get(name) for row in benchmarks().values() for name in ("RSS", "priv") if unit == "MB"}
+
+
+def readme():
+    """Returns what is wrong in the README: its samples are in the example files, and its figures are measured."""
+    text, wrong = (ROOT / "README.md").read_text(), []
+    examples = [path.read_text() for path in (ROOT / "examples").glob("*.txt")]
+    for sample in re.findall(r"^```\n(.*?)^```\n", text, re.MULTILINE | re.DOTALL):
+        if not any(all(part in example for part in sample.split("[...]\n")) for example in examples):
+            wrong.append("README.md: in no example file: %s" % sample)
+    for heading, *rows in tables(text):
+        check = {"question": None, "connections": accuracy, "CPU per connection": costs}[heading[0] or heading[1]]
+        wrong += check(heading, rows) if check else []
+    prose = re.sub(r"^```\n(?s:.*?)^```\n|^\|.*\n|`[^`]*`", "", text, flags=re.MULTILINE)
+    number = r"([\d.,]*\d)"
+    for *numbers, unit in re.findall(r"(?:%s\s+to\s+)?%s\s+(%%|Mi?B|[mnu]?s|sessions)(?!\w)" % (number, number), prose):
+        wrong += ["README.md: %s %s is not measured" % (one, unit)
+                  for one in filter(None, numbers) if one not in measured(unit)]
+    return wrong
+
+
 def figures():
     """Returns which figures are not those of docs/benchmarks.md."""
-    rows, wrong = benchmarks(), []
+    rows, wrong = benchmarks(), readme()
 
-    def expected(tool, column):
-        of = [rows[name] for name in (tool, (tool, "libbpf-tools"), (tool, "bpfcc-tools")) if name in rows]
-        values = [row.get(column, "no such column") for row in of]
-        return ["%.0f" % (100 * float(value)) if value[0].isdigit() and column == "kept" else value for value in values]
-
-    readme = (ROOT / "README.md").read_text()
-    heading, *lines = re.search(r"^Overhead, from (?:.+\n)+\n((?:\|.*\n)+)", readme, re.MULTILINE)[1].splitlines()
-    columns = [next((column for words, column in HEADINGS.items() if words in cell), cell.strip())
-               for cell in heading.split("|")[2:-1]]
-    for name, *cells in (line.split("|")[1:-1] for line in lines[1:]):
-        tool = re.sub(r" \(.*", "", name.strip())
-        for column, cell in zip(columns, cells):
-            if re.findall(r"[\d.]+", cell) != (should := expected(tool, column)):
-                wrong.append("README.md: %s, %s: %s, not %s" % (tool, column, cell.strip(), " / ".join(should)))
-    judged = re.findall(r"^\S+ +(\w+)(-bpfcc)? +(\d+) +(\d+) +(\d+)$", (ROOT / "docs/benchmarks.md").read_text(),
-                        re.MULTILINE)
-    for tool, what, *cells in re.findall(r"^\| (\w+): (wrong process|missed) \| (.*?) \| (.*?) \| (.*?) \|", readme,
-                                         re.MULTILINE):
-        theirs, ours = ([row for row in judged if row[:2] == (tool, peer)] for peer in ("-bpfcc", ""))
-        for cell, of, place in zip(cells, (ours, theirs, ours), (2, 3 + (what != "missed"), 3 + (what != "missed"))):
-            should = [row[place] for row in of]
-            if re.findall(r"\d+", cell) not in (should, sorted(set(should))):
-                wrong.append("README.md: %s: %s: %s, not %s" % (tool, what, cell, ", ".join(should)))
     for tool in (name for name in rows if isinstance(name, str) and " " not in name):
         text = page(tool + ".8")
         for column in filter(rows[tool].get, SENTENCES):
+            should = at_a_thousand(rows[tool]) if column == "1000" else rows[tool][column]
+            should = "%.0f" % (100 * float(should)) if column == "kept" else should
             found = re.search(SENTENCES[column], text)
-            if not found or found[1] != expected(tool, column)[0]:
-                wrong.append("%s(8): %s: %s, not %s" % (tool, column, found and found[1], expected(tool, column)[0]))
+            if not found or found[1] != should:
+                wrong.append("%s(8): %s: %s, not %s" % (tool, column, found and found[1], should))
     return wrong
 
 
