@@ -33,6 +33,7 @@ import ctypes
 import errno
 import fcntl
 import functools
+import gc
 import glob
 import json
 import mmap
@@ -47,6 +48,7 @@ import threading
 import time
 
 sys.dont_write_bytecode = True
+gc.disable()                    # no loop here makes cycles, and looking for them takes a tenth of its time
 try:
     from btfheaders import compiled     # kernel types without kernel headers, and a compiler that is quick and quiet
 except ImportError:

@@ -5,7 +5,7 @@
 # tcpchurn  Count the TCP accepts, opens and closes of a process over sliding time windows.
 #           For Linux, uses bcc, eBPF.
 #
-# usage: tcpchurn [-h] [-c | --json | --prometheus FILE] [--raddr ADDRESS] [-p] [-w SECONDS [SECONDS ...]] [-i SECONDS]
+# usage: tcpchurn [-h] [-c | --json | --prometheus FILE] [--raddr ADDRESS | -p] [-w SECONDS [SECONDS ...]] [-i SECONDS]
 #                 [-a] [-o] [--no-kprobe] [--name NAME] [--uid UID] [--cgroup PATH] [--netns NETNS]
 #                 [--duration SECONDS] [--ebpf] [--version]
 #                 PID
@@ -35,6 +35,7 @@ import ctypes
 import errno
 import fcntl
 import functools
+import gc
 import glob
 import json
 import mmap
@@ -49,6 +50,7 @@ import threading
 import time
 
 sys.dont_write_bytecode = True
+gc.disable()                    # no loop here makes cycles, and looking for them takes a tenth of its time
 try:
     from btfheaders import compiled     # kernel types without kernel headers, and a compiler that is quick and quiet
 except ImportError:
@@ -227,9 +229,10 @@ def parse_args(argv=None):
     output.add_argument("--json", action="store_true", help="print one JSON object per update")
     output.add_argument("--prometheus", metavar="FILE",
         help="write the counts since the start to FILE, for node-exporter's textfile collector, and print nothing")
-    add("--raddr", metavar="ADDRESS", type=networks,
+    peers = parser.add_mutually_exclusive_group()
+    peers.add_argument("--raddr", metavar="ADDRESS", type=networks,
         help="comma-separated list of remote addresses or networks; ! excludes")
-    add("-p", "--ignore-private", action="store_const", dest="raddr", const=networks(NOT_PRIVATE),
+    peers.add_argument("-p", "--ignore-private", action="store_const", dest="raddr", const=networks(NOT_PRIVATE),
         help="leave out connections with private addresses")
     add("-w", "--windows", metavar="SECONDS", nargs="+", action="extend",
         help="time windows, in seconds (default: %s)" % ",".join("%g" % window for window in WINDOWS))
@@ -343,7 +346,7 @@ def render(args, windows, totals, knows_existing=True):
     if args.json:
         cgroup = os.fsencode(cgroup_of(args.pid[0])[0] or "").decode(errors="backslashreplace") if args.pid else ""
         return json.dumps({
-            "ts": time.time(), "pid": args.pid and args.pid[0], "cgroup": cgroup or None,
+            "ts": round(time.time(), 6), "pid": args.pid and args.pid[0], "cgroup": cgroup or None,
             "windows": args.windows, "opened": opened, "accepted": accepted,
             "connected": connected, "closed": closed, "open": open_of(totals) if knows_existing else None,
             "all": {"opened": all_opened, "accepted": all_accepted, "connected": all_connected, "closed": all_closed},

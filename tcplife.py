@@ -36,6 +36,7 @@ import ctypes
 import errno
 import fcntl
 import functools
+import gc
 import glob
 import json
 import mmap
@@ -50,6 +51,7 @@ import threading
 import time
 
 sys.dont_write_bytecode = True
+gc.disable()                    # no loop here makes cycles, and looking for them takes a tenth of its time
 try:
     from btfheaders import compiled     # kernel types without kernel headers, and a compiler that is quick and quiet
 except ImportError:
@@ -202,10 +204,9 @@ static inline void established(struct sock *sk, int oldstate)
     }
 }
 
-/* The current process uses this socket. Returns its session, NULL if it is not known. */
-static inline struct session *own(struct sock *sk)
+/* The current process uses this socket. Returns its session s, NULL if it is not known. */
+static inline struct session *own(struct sock *sk, struct session *s)
 {
-    struct session *s = sessions.lookup(&sk);
     struct owner o = {};
 
     if (!s || s->owner.pid)
@@ -338,7 +339,7 @@ static inline void accepted(struct sock *sk)
         return claim(sk, bpf_ktime_get_ns());
     if (s->role != ACCEPT || s->ready)  /* that is an older one */
         return;
-    s = own(sk);
+    s = own(sk, s);
     if (s)
         s->ready = bpf_ktime_get_ns();
 }
@@ -359,7 +360,7 @@ static inline void state_change(void *ctx, struct sock *sk, int oldstate, int ne
     } else if (newstate == TCP_ESTABLISHED) {
         established(sk, oldstate);
     } else if (closes && READ(sk, sk_lock.owned)) {     /* not in softirq */
-        own(sk);
+        own(sk, sessions.lookup(&sk));
     } else if (newstate == TCP_CLOSE) {
         tell(sk, oldstate, 0);
     }
@@ -412,7 +413,7 @@ def parse_args(argv=None):
         help="write counts since the start to FILE, for node-exporter's textfile collector, every 15 seconds, or "
              "with -i every so many, and print nothing")
     add("-x", "--extra", action="store_true",
-        help="include columns on how sessions started and ended: ROLE CONN_MS RTT_MS RETR END")
+        help="include columns on how sessions started and ended: ROLE CONN_MS RTT_MS RETR END ACC_MS OOO")
     add("-p", "--pid", type=processes, help="trace this PID only (or comma-separated ones)")
     add("-L", "--localport", dest="lport", metavar="LOCALPORT", type=ports,
         help="comma-separated list of local ports to trace.")
