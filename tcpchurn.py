@@ -175,12 +175,10 @@ static inline void accepted(struct sock *sk)
         opened(sk, ACCEPTED);
 }
 
-/* At the other changes there is nothing to do. For new sockets, too: the end of an older one may not have been seen. */
-#define MATTERS(oldstate, newstate) ((oldstate) == TCP_CLOSE || (oldstate) == TCP_LISTEN || !is_open(newstate))
-
 static inline void state_change(void *ctx, struct sock *sk, int oldstate, int newstate)
 {
-    if (newstate != TCP_LISTEN)
+    /* For new sockets, too: if one is known, the end of an older one at this address was not seen. */
+    if ((oldstate == TCP_CLOSE || oldstate == TCP_LISTEN || !is_open(newstate)) && newstate != TCP_LISTEN)
         closed(sk);
     if (newstate == TCP_SYN_SENT && READ(sk, sk_protocol) == IPPROTO_TCP && is_of_process())
         opened(sk, CONNECTED);
@@ -643,9 +641,7 @@ probes_text = r"""
 static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
 {
     /* An event is a socket and its new state, which goes into the top byte of the address: the same for all sockets. */
-    u64 event = ctx->args[0] ^ ctx->args[2] << 56;
-
-    if (MATTERS(ctx->args[1], ctx->args[2]) && (!TWO_PROGRAMS || is_mine(ctx, event, first)))
+    if (!TWO_PROGRAMS || is_mine(ctx, ctx->args[0] ^ ctx->args[2] << 56, first))
         state_change(ctx, (struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
     return 0;
 }

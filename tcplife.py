@@ -344,9 +344,6 @@ static inline void accepted(struct sock *sk)
         s->ready = bpf_ktime_get_ns();
 }
 
-/* At the other changes there is nothing to do. */
-#define MATTERS(oldstate, newstate) ((newstate) != TCP_CLOSE_WAIT && (newstate) != TCP_FIN_WAIT2)
-
 static inline void state_change(void *ctx, struct sock *sk, int oldstate, int newstate)
 {
     bool closes = newstate == TCP_FIN_WAIT1 || newstate == TCP_LAST_ACK;
@@ -1025,9 +1022,7 @@ probes_text = r"""
 static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
 {
     /* An event is a socket and its new state, which goes into the top byte of the address: the same for all sockets. */
-    u64 event = ctx->args[0] ^ ctx->args[2] << 56;
-
-    if (MATTERS(ctx->args[1], ctx->args[2]) && (!TWO_PROGRAMS || is_mine(ctx, event, first)))
+    if (!TWO_PROGRAMS || is_mine(ctx, ctx->args[0] ^ ctx->args[2] << 56, first))
         state_change(ctx, (struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
     return 0;
 }

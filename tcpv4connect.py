@@ -145,13 +145,9 @@ static inline void attempt(struct sock *sk)
         count_lost(LOST_ATTEMPT);
 }
 
-/* At the other changes there is nothing to do. */
-#define MATTERS(oldstate, newstate) \
-    ((newstate) == TCP_SYN_SENT || (RESULTS && ((oldstate) == TCP_SYN_SENT || (oldstate) == TCP_SYN_RECV)))
-
 static inline void state_change(void *ctx, struct sock *sk, int oldstate, int newstate)
 {
-    if (RESULTS)
+    if (RESULTS && (newstate == TCP_SYN_SENT || oldstate == TCP_SYN_SENT || oldstate == TCP_SYN_RECV))
         decide(sk, newstate);
     if (newstate == TCP_SYN_SENT)
         attempt(sk);
@@ -508,9 +504,7 @@ probes_text = r"""
 static inline int set_state(struct bpf_raw_tracepoint_args *ctx, bool first)
 {
     /* An event is a socket and its new state, which goes into the top byte of the address: the same for all sockets. */
-    u64 event = ctx->args[0] ^ ctx->args[2] << 56;
-
-    if (MATTERS(ctx->args[1], ctx->args[2]) && (!TWO_PROGRAMS || is_mine(ctx, event, first)))
+    if (!TWO_PROGRAMS || is_mine(ctx, ctx->args[0] ^ ctx->args[2] << 56, first))
         state_change(ctx, (struct sock *)ctx->args[0], ctx->args[1], ctx->args[2]);
     return 0;
 }
