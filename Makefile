@@ -1,4 +1,4 @@
-# make demo      see the tools at work on connections of their own (installs what is missing; as root)
+# make demo      see the tools at work on connections that the demo makes (installs what is missing; as root)
 # make test      the tests (installs what is missing; as root)
 # make test-load   all tools under full load, with buffers too small for it, and with very many sockets
 # make test-kernels   the tools on other kernels, in virtual machines (KERNELS=bookworm: on one)

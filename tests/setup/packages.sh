@@ -39,7 +39,7 @@ kind=${1:?}
 if command -v apt-get >/dev/null; then
     demo='python3-bpfcc iproute2'
     test='python3-tap python3-venv perl shellcheck mandoc gcc libc6-dev procps bsdextrautils bpftool mount jq nftables'
-    bench='python3-matplotlib bpfcc-tools libbpf-tools'
+    bench='python3-matplotlib bpfcc-tools libbpf-tools linux-perf'
     fleet='syslog-ng-core syslog-ng-mod-http clickhouse-server clickhouse-client prometheus prometheus-node-exporter'
     fleet="$fleet tzdata"
     kernels='qemu-system-x86 qemu-system-arm mmdebstrap busybox-static cpio kmod xz-utils zstd'
