@@ -399,8 +399,8 @@ def trace(args):
         atexit.register(unpublish, args.prometheus)
     while not stop:
         stop = wait(due - time.monotonic())
-        gone = process and select.select([process], [], [], 0)[0]
-        stop = stop or bool(gone)
+        gone = bool(pid and select.select([process], [], [], 0)[0])
+        stop = stop or gone
         if stop or time.monotonic() >= due:
             due = max(due + args.interval, time.monotonic())
             report()

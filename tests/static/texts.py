@@ -66,7 +66,7 @@ def messages(*tools):
 COLUMNS = {"CPU per connection": ("CPU", "us"), "CPU at 1,000 per second (tool + BPF)": ("1000", "%"),
            "idle": ("idle", "%"), "private memory": ("priv", "MB"), "start": ("start", "s")}
 SENTENCES = {"CPU": r"used ([\d.]+) microseconds per connection", "1000": r"per second it used ([\d.]+) %",
-             "idle": r"Idle it used ([\d.]+) %", "kept": r"ran at (\d+) %", "RSS": r"RSS was (\d+) MB",
+             "idle": r"Idle it used ([\d.]+) %", "RSS": r"RSS was (\d+) MB",
              "priv": r"(\d+) MB of it private"}
 
 
@@ -83,16 +83,11 @@ def benchmarks():
     return rows
 
 
-def at_a_thousand(row):
-    """Returns the CPU at 1,000 connections per second, of the tool and of its BPF programs."""
-    return row["1000"] if "CPU" in row else "%.1f" % (float(row["1000"]) + float(row["ns"]) / 1e4)
-
-
 def shown(row, column):
     """Returns the text of a column of the README; 2.00 seconds: nothing was printed within them."""
     name, unit = COLUMNS[column]
-    value = at_a_thousand(row) if name == "1000" else row.get(name, "-")
-    return "-" if value == "-" or (name, value) == ("start", "2.00") else "%s %s" % (value, unit)
+    value = row[name]
+    return "-" if (name, value) == ("start", "2.00") else "%s %s" % (value, unit)
 
 
 def tables(text):
@@ -136,7 +131,7 @@ def measured(unit):
     paths = [ROOT / "docs/benchmarks.md", *(ROOT / "examples").glob("*.txt")]
     text = " ".join([path.read_text() for path in paths] + [page(path.name) for path in (ROOT / "man").glob("*/*")])
     found = set(re.findall(r"([\d.,]*\d) %s(?!\w)" % {"ms": "(?:ms|milliseconds)"}.get(unit, unit), text))
-    return found | {row.get(name) for row in benchmarks().values() for name in ("RSS", "priv") if unit == "MB"}
+    return found | {row[name] for row in benchmarks().values() for name in ("RSS", "priv") if unit == "MB"}
 
 
 def readme():
@@ -164,11 +159,9 @@ def figures():
     for tool in (name for name in rows if isinstance(name, str) and " " not in name):
         text = page(tool + ".8")
         for column in filter(rows[tool].get, SENTENCES):
-            should = at_a_thousand(rows[tool]) if column == "1000" else rows[tool][column]
-            should = "%.0f" % (100 * float(should)) if column == "kept" else should
             found = re.search(SENTENCES[column], text)
-            if not found or found[1] != should:
-                wrong.append("%s(8): %s: %s, not %s" % (tool, column, found and found[1], should))
+            if not found or found[1] != rows[tool][column]:
+                wrong.append("%s(8): %s: %s, not %s" % (tool, column, found and found[1], rows[tool][column]))
     return wrong
 
 
