@@ -888,35 +888,50 @@ def times(args, ts, start, wall):
 
 # ---- output ----
 class Output(threading.Thread):
-    """Writes a text in a thread of its own, so that whoever does not read it holds up nothing else."""
+    """Writes in a thread of its own, so that whoever does not read it holds up nothing else."""
 
-    def __init__(self, fd, text):
+    def __init__(self, fd):
         super().__init__(daemon=True)
-        self.fd = fd
-        self.rest = memoryview(text.encode())
-        self.error = None
-        self.start()
+        self.fd, self.rest, self.error = fd, b"", None
+        self.given, self.busy = threading.Lock(), threading.Lock()
+        self.given.acquire()    # until there is a text
 
     def run(self):
-        try:
-            while self.rest:
-                self.rest = self.rest[os.write(self.fd, self.rest[:select.PIPE_BUF]):]
-        except OSError as error:
-            self.error = error
+        while self.given.acquire():
+            try:
+                while self.rest:
+                    self.rest = self.rest[os.write(self.fd, self.rest[:select.PIPE_BUF]):]
+            except OSError as error:
+                self.error = error
+            self.busy.release()
+
+    def put(self, text):
+        """To be called only when it is idle."""
+        self.busy.acquire()
+        self.rest = memoryview(text.encode())
+        self.given.release()
+        if not self.is_alive():
+            self.start()        # not before the compiler is started: fork() wants a single thread
+
+    def is_idle(self, timeout):
+        """Returns whether all is written, after timeout seconds at the latest."""
+        return self.busy.acquire(timeout=timeout) and not self.busy.release()
 
 
-MESSAGES = []                   # the one that standard error has taken last, if it has, and those that it has not
+STDOUT, STDERR = Output(1), Output(2)
+MISSING = []                    # messages that standard error has not taken
 
 
 def say(message):
     """Prints a message on standard error, unless nobody has read the one before. Then the next one says how many."""
-    if MESSAGES and MESSAGES[0].is_alive():
-        return MESSAGES.append(message)
+    if not STDERR.is_idle(0):
+        return MISSING.append(message)
     text = "%s: %s\n" % (PROGRAM, message)
-    if len(MESSAGES) > 1:
-        text = "%s: %d messages missing here: standard error was full\n%s" % (PROGRAM, len(MESSAGES) - 1, text)
-    MESSAGES[:] = [Output(2, text)]
-    MESSAGES[0].join(0.2)
+    if MISSING:
+        text = "%s: %d messages missing here: standard error was full\n%s" % (PROGRAM, len(MISSING), text)
+    MISSING.clear()
+    STDERR.put(text)
+    STDERR.is_idle(0.2)
 
 
 def die(message):
@@ -928,15 +943,15 @@ def write(text):
     """Prints all of it now. Returns True if the tool is to stop and nobody has read for a second."""
     if not text:
         return False
-    output = Output(1, text)
-    while output.is_alive():
-        left = len(output.rest)
-        output.join(1)
-        if output.is_alive() and len(output.rest) == left and signal.sigpending() & STOP_SIGNALS:
+    STDOUT.put(text)
+    left = len(text)
+    while not STDOUT.is_idle(1):
+        if len(STDOUT.rest) == left and signal.sigpending() & STOP_SIGNALS:
             say("the output was not read to its end")
             return True
-    if output.error:
-        raise output.error
+        left = len(STDOUT.rest)
+    if STDOUT.error:
+        raise STDOUT.error
     return False
 
 
