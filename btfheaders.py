@@ -288,7 +288,7 @@ def compiled(types, compile_it):
 
 
 def result_of(types, compile_it):
-    """Returns what the parent gets: ([(result or exception, names of descriptors), pickled], descriptors)."""
+    """Returns what the child sends: (what compile_it() returned or raised, names), pickled; and these descriptors."""
     no_types, result = [], {}
     with captured_output() as output:
         try:
@@ -308,7 +308,7 @@ def result_of(types, compile_it):
         with contextlib.suppress(OSError):
             if os.readlink("/proc/self/fd/" + fd).startswith("anon_inode:") and int(fd) not in fds.values():
                 fds["fd " + fd] = int(fd)
-    return [pickle.dumps(({name: value for name, value in result.items() if name not in fds}, [*fds]))], [*fds.values()]
+    return [pickle.dumps((result, [*fds]))], [*fds.values()]
 
 
 def private_mounts():

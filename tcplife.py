@@ -735,7 +735,7 @@ def trace(args):
             data = walk(fds, number, read)
             number = 0 if data is None else number % 0xffff + 1
         if is_due:
-            due = max(due + (args.interval or 15), time.monotonic())
+            due = max(due + (args.interval or 15), time.monotonic())      # 15 seconds: of --prometheus
         # At the end, what nobody has accepted. One that is accepted just now is in both, with the same from its end on.
         wants_all = not (args.pid or args.name or args.uid or args.cgroup)
         unclaimed = unaccepted(fds) if stop and wants_all else []
@@ -1656,8 +1656,9 @@ class Output(threading.Thread):
     def __init__(self, fd):
         super().__init__(daemon=True)
         self.fd, self.rest, self.error = fd, b"", None
-        self.given, self.busy = threading.Lock(), threading.Lock()
+        self.given, self.idle = threading.Lock(), threading.Event()
         self.given.acquire()    # until there is a text
+        self.idle.set()
 
     def run(self):
         while self.given.acquire():
@@ -1666,19 +1667,15 @@ class Output(threading.Thread):
                     self.rest = self.rest[os.write(self.fd, self.rest[:select.PIPE_BUF]):]
             except OSError as error:
                 self.error = error
-            self.busy.release()
+            self.idle.set()
 
     def put(self, text):
         """To be called only when it is idle."""
-        self.busy.acquire()
         self.rest = memoryview(text.encode())
+        self.idle.clear()
         self.given.release()
         if not self.is_alive():
             self.start()        # not before the compiler is started: fork() wants a single thread
-
-    def is_idle(self, timeout):
-        """Returns whether all is written, after timeout seconds at the latest."""
-        return self.busy.acquire(timeout=timeout) and not self.busy.release()
 
 
 STDOUT, STDERR = Output(1), Output(2)
@@ -1687,14 +1684,14 @@ MISSING = []                    # messages that standard error has not taken
 
 def say(message):
     """Prints a message on standard error, unless nobody has read the one before. Then the next one says how many."""
-    if not STDERR.is_idle(0):
+    if not STDERR.idle.is_set():
         return MISSING.append(message)
     text = "%s: %s\n" % (PROGRAM, message)
     if MISSING:
         text = "%s: %d messages missing here: standard error was full\n%s" % (PROGRAM, len(MISSING), text)
     MISSING.clear()
     STDERR.put(text)
-    STDERR.is_idle(0.2)
+    STDERR.idle.wait(0.2)
 
 
 def die(message):
@@ -1708,7 +1705,7 @@ def write(text):
         return False
     STDOUT.put(text)
     left = len(text)
-    while not STDOUT.is_idle(1):
+    while not STDOUT.idle.wait(1):
         if len(STDOUT.rest) == left and signal.sigpending() & STOP_SIGNALS:
             say("the output was not read to its end")
             return True
