@@ -270,11 +270,11 @@ def trace(args):
     stop = False
     while not stop:
         stop = wait()
-        records = list(RECORD.iter_unpack(read()))
+        records = read()
         if records and start is None:
-            start = records[0][0]
+            start, *_ = RECORD.unpack_from(records)
         wall = time.time_ns() - time.monotonic_ns()     # every time, as the clock may have been set
-        stop = write("".join([line(args, record, start, wall) for record in records])) or stop
+        stop = write("".join([line(args, record, start, wall) for record in RECORD.iter_unpack(records)])) or stop
         report()
     report(in_all=True)
 

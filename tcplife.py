@@ -739,10 +739,9 @@ def trace(args):
         # At the end, what nobody has accepted. One that is accepted just now is in both, with the same from its end on.
         wants_all = not (args.pid or args.name or args.uid or args.cgroup)
         unclaimed = unaccepted(fds) if stop and wants_all else []
-        records = list(RECORD.iter_unpack((data or b"") + read()))
+        records = RECORD.iter_unpack((data or b"") + read())
         if unclaimed:
-            claimed = {record[9:] for record in records}
-            records += {record[9:]: record for record in unclaimed if record[9:] not in claimed}.values()
+            records = {record[9:]: record for record in (*unclaimed, *records)}.values()
         wall = time.time_ns() - time.monotonic_ns()     # every time, as the clock may have been set
         if args.count or args.prometheus:
             for record in records:

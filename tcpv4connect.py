@@ -281,10 +281,9 @@ def trace(args):
         stop = wait()
         # At the end, what is under way. What is decided just now is in both, with the same up to the addresses.
         attempts = under_way(fds, time.monotonic_ns() - args.min_ms * 1e6) if stop and args.result else []
-        records = list(RECORD.iter_unpack(read()))
+        records = RECORD.iter_unpack(read())
         if attempts:
-            decided = {record[:6] for record in records}
-            records += sorted({record[:6]: record for record in attempts if record[:6] not in decided}.values())
+            records = sorted({record[:6]: record for record in (*attempts, *records)}.values())
         wall = time.time_ns() - time.monotonic_ns()     # every time, as the clock may have been set
         stop = write("".join([line(args, record, start, wall) for record in records])) or stop
         report()

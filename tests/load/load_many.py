@@ -100,7 +100,8 @@ class Many(live.Alone):
         tracers = {tool: live.Tracer(tool, "--netns", self.netns, *options, check=False) for tool, options in {
             "tcplife": [], "tcpaccept": [], "tcpv4connect": [], "deeptcptracer": ["-e", "tcp_reset"]}.items()}
         with live.tracing(*tracers.values()):
-            time.sleep(1)
+            churn.run(50000, 2)         # a full batch, which needs the most memory
+            live.settle(0.5)
             before = {tool: rss(tracer) for tool, tracer in tracers.items()}
             self.assertIn("connections 1020000 ", load.communicate()[0])
             live.settle(0.5)
