@@ -179,8 +179,11 @@ int tracepoint_accept_first(struct syscall_exit *ctx) { return accept_returned(c
 int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(ctx, false); }
 """
 
-UNIT = "%-12.12s "               # with --unit
-JSON = '{"ts":%.6f,%s,"ip":%d,"laddr":"%s","lport":%d,"raddr":"%s","rport":%d,"netns":%d,"inode":%s}\n'
+NAMES = {"pid": "PID", "comm": "COMM", "unit": "UNIT", "ip": "IP", "laddr": "LADDR", "raddr": "RADDR"}
+# For columns(), and behind them the formats of a row. The second column is there with --unit.
+TEXT = "%(pid)-6s %(comm)-12.12s ", "%(unit)-12.12s ", "%(ip)-2s %(raddr)-16s ", "%(laddr)-16s "
+JSON = "%(members)s,", "", '"ip":%(ip)d,"laddr":"%(laddr)s","lport":', ',"raddr":"%(raddr)s","rport":'
+JSON_ROW = '{"ts":%.6f,%s%d%s%d,"netns":%d,"inode":%s}\n'
 
 
 def pinned_map(text):
@@ -214,9 +217,9 @@ def parse_args(argv=None):
     add("--no-kprobe", action="store_true", help="trace accept() at the exit of the system call, kprobes or not")
     add_common(parser)
     args = parser.parse_args(argv)
-    args.row_format = time_format(args) + ("%-8s " if args.timestamp else "") + "%-6s %-12.12s "
-    args.row_format += UNIT * args.unit + "%-2s %-16s "
-    args.row_format += ("%-5s " if args.show_rport else "") + "%-16s %s\n"
+    owner, unit, *addresses = JSON if args.json else TEXT
+    args.columns = owner + unit * args.unit + addresses[0], addresses[1]
+    args.row_format = time_format(args) + "%-8s " * args.timestamp + "%s" + "%-5s " * args.show_rport + "%s%s\n"
     return args
 
 
@@ -243,19 +246,19 @@ def attach(bpf, args):
 
 
 def header(args):
-    names = "PID", "COMM", *["UNIT"] * args.unit, "IP", "RADDR", *["RPORT"] * args.show_rport, "LADDR", "LPORT"
-    return "" if args.json else args.row_format % (time_names(args) + names)
+    if args.json:
+        return ""
+    before, between = [form % NAMES for form in args.columns]
+    return args.row_format % (*time_names(args), before, *["RPORT"] * args.show_rport, between, "LPORT")
 
 
 def line(args, record, start, wall):
     """Returns one line. start: of the first accept, wall: offset of the kernel's clock from Unix time, both in ns."""
-    ts, owner, local, remote, lport, rport, netns, inode, _ = record
-    pid, comm, unit, json_owner = owner_text(owner)
-    laddr, raddr = address(local, netns), address(remote, netns)
-    ip = 6 if ":" in raddr else 4
+    ts, owner, laddr, raddr, lport, rport, netns, inode, _ = record
+    before, between = columns(args.columns, str, owner, laddr, raddr, netns)
     if args.json:
-        return JSON % ((ts + wall) / 1e9, json_owner, ip, laddr, lport, raddr, rport, netns, inode or "null")
-    row = pid, comm, *[unit] * args.unit, ip, raddr, *[rport] * args.show_rport, laddr, lport
+        return JSON_ROW % ((ts + wall) / 1e9, before, lport, between, rport, netns, inode or "null")
+    row = before, *[rport] * args.show_rport, between, lport
     if args.time or args.timestamp:
         row = times(args, ts, start, wall) + row
     return args.row_format % row
@@ -864,6 +867,17 @@ def owner_text(packed):
     name = re.sub(rb"\.service$", b"", path.rpartition(b"/")[2]) or b"/" if path else b"N/A"
     return (pid, escaped(comm), escaped(container[-1][:12] if container else name),
             '"pid":%d,"comm":%s%s,"cgroup":%s' % (pid, text, comm_hex, json_text(path) if path else "null"))
+
+
+# ---- columns ----
+@functools.lru_cache(maxsize=4096)
+def columns(forms, quote, owner, laddr, raddr, netns):
+    """Returns %-formats filled in with what the lines of a process and a peer have in common. quote: for names."""
+    pid, comm, unit, members = owner_text(owner)
+    local, remote = address(laddr, netns), address(raddr, netns)
+    values = {"pid": pid, "comm": quote(comm), "unit": quote(unit), "members": members, "ip": 6 if ":" in remote else 4,
+              "laddr": local, "raddr": remote}
+    return [form % values for form in forms]
 
 
 # ---- times ----

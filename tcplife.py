@@ -370,15 +370,18 @@ static inline void destroyed(struct sock *sk)
 }
 """
 
-NAMES = "PID", "COMM", "IP", "LADDR", "LPORT", "RADDR", "RPORT", "TX_KB", "RX_KB", "MS"      # IP: with -w and -s
+NAMES = {"pid": "PID", "comm": "COMM", "unit": "UNIT", "ip": "IP", "laddr": "LADDR", "raddr": "RADDR"}
 EXTRA_NAMES = "ROLE", "CONN_MS", "RTT_MS", "RETR", "END", "ACC_MS", "OOO"
-NARROW = "%-5s %-10.10s ", "%-15s %-5s %-15s %-5s %5s %5s "
-WIDE = "%-7s %-16s ", "%-2s %-39s %-5s %-39s %-5s %5s %5s "
-UNIT = "%-12.12s "              # between these two, with --unit
-EXTRA = "%-8s %-7s %7s %7s %4s %-11s %7s "
-JSON = ('{"ts":%.6f,%s,"ip":%d,"laddr":"%s","lport":%d,"raddr":"%s","rport":%d,"tx_bytes":%d,"rx_bytes":%d,"ms":%.6f,'
-        '"netns":%d,"inode":%s,%s,"connect_ms":%s,"accept_ms":%s,"srtt_us":%s,"retrans":%d,"partial":%s,"ooo":%d,'
-        '"min_rtt_us":%s,"cwnd":%d,"mss":%d,"lost":%d%s}\n')
+# For columns(), and behind them the formats of a row. The second column is there with --unit.
+NARROW = "%(pid)-5s %(comm)-10.10s ", "%(unit)-12.12s ", "%(laddr)-15s ", " %(raddr)-15s "
+WIDE = "%(pid)-7s %(comm)-16s ", "%(unit)-12.12s ", "%(ip)-2s %(laddr)-39s ", " %(raddr)-39s "
+ROW, EXTRA = "%s%-5s%s%-5s %5s %5s ", "%-8s %-7s %7s %7s %4s %-11s %7s "
+CSV = "%(pid)s,%(comm)s,", "%(unit)s,", "%(ip)s,%(laddr)s,", ",%(raddr)s,"
+CSV_ROW, CSV_EXTRA = "%s%s%s%s,%s,%s,", "%s," * 7
+JSON = "%(members)s,", "", '"ip":%(ip)d,"laddr":"%(laddr)s","lport":', ',"raddr":"%(raddr)s","rport":'
+JSON_ROW = ('{"ts":%.6f,%s%d%s%d,"tx_bytes":%d,"rx_bytes":%d,"ms":%.6f,"netns":%d,"inode":%s,%s,"connect_ms":%s,'
+            '"accept_ms":%s,"srtt_us":%s,"retrans":%d,"partial":%s,"ooo":%d,"min_rtt_us":%s,"cwnd":%d,"mss":%d,'
+            '"lost":%d%s}\n')
 
 # Of -c and --prometheus.
 MAX_ROWS = 10000                # of a table, besides "(others)"
@@ -450,8 +453,12 @@ def parse_args(argv=None):
         parser.error("--rows, --by-peer and --histogram need -c")
     if args.count and (args.csv or args.time or args.timestamp):
         parser.error("-c has no lines for -s, -T and -t")
-    args.row_format = time_format(args) + ("%-9s " if args.timestamp else "")
-    args.row_format += (UNIT * args.unit).join(WIDE if args.wide else NARROW) + (EXTRA if args.extra else "") + "%s\n"
+    owner, unit, local, remote = JSON if args.json else CSV if args.csv else WIDE if args.wide else NARROW
+    args.columns = owner + unit * args.unit + local, remote
+    if args.csv:
+        args.row_format = "%s," * (bool(args.time) + args.timestamp) + CSV_ROW + CSV_EXTRA * args.extra + "%s\n"
+    else:
+        args.row_format = time_format(args) + "%-9s " * args.timestamp + ROW + EXTRA * args.extra + "%s\n"
     return args
 
 
@@ -486,9 +493,10 @@ def attach(bpf, args):
         bpf.load_func(name, bpf.RAW_TRACEPOINT)
 
 
-def csv_line(row):
+def csv_text(name):
+    """Returns a name as CSV: in quotes if it has a comma or a quote."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(row)
+    csv.writer(text, lineterminator="").writerow([name])
     return text.getvalue()
 
 
@@ -497,9 +505,9 @@ def header(args):
         return ""
     if args.count:
         return "Counting TCP sessions. Ctrl-C to end.\n" * os.isatty(1)
-    names = NAMES[:2] + ("UNIT",) * args.unit + NAMES[2 if args.wide or args.csv else 3:]
-    names = time_names(args) + names + (EXTRA_NAMES if args.extra else ())
-    return csv_line(names) if args.csv else args.row_format % names
+    before, between = [form % NAMES for form in args.columns]
+    names = before, "LPORT", between, "RPORT", "TX_KB", "RX_KB", "MS"
+    return args.row_format % (time_names(args) + names + EXTRA_NAMES * args.extra)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -516,31 +524,26 @@ def line(args, record, start, wall):
     """Returns one line. start: when tracing started, wall: offset of the kernel's clock from Unix time, both in ns."""
     (born, ready, owner, role, _, _, inode, tx_seen, rx_seen, died, tx, rx, laddr, raddr, lport, rport, netns, srtt,
      retrans, end, err, ooo, min_rtt, cwnd, lost, mss, _) = record
-    local, remote = address(laddr, netns), address(raddr, netns)
-    ip = 6 if ":" in remote else 4
-    pid, comm, unit, json_owner = owner_text(owner)
-    role, how, json_fate = fate(role, end, err)
+    before, between = columns(args.columns, csv_text if args.csv else str, owner, laddr, raddr, netns)
     ms = (died - born if born else max(0, died - start)) / 1e6
     if args.json:
         waited = "%.6f" % ((ready - born) / 1e6) if ready and born else "null"
-        return JSON % ((died + wall) / 1e9, json_owner, ip, local, lport, remote, rport, tx, rx, ms, netns,
-                       inode or "null", json_fate,
-                       waited if role == "connect" else "null", waited if role == "accept" else "null",
-                       srtt >> 3 or "null", retrans, "false" if born else "true", ooo,
-                       min_rtt if min_rtt != 0xffffffff else "null", cwnd, mss, lost,
-                       ',"tx_bytes_seen":%d,"rx_bytes_seen":%d' % (tx_seen, rx_seen) if args.existing else "")
-    lifespan = "%s%.2f%s" % ("" if born else ">", ms, "+" if how == "open" else "")
-    row = (pid, comm, unit) if args.unit else (pid, comm)
-    if args.wide or args.csv:
-        row += (ip,)
-    row += (local, lport, remote, rport, tx >> 10, rx >> 10, lifespan)
+        return JSON_ROW % ((died + wall) / 1e9, before, lport, between, rport, tx, rx, ms, netns, inode or "null",
+                           fate(role, end, err)[2],
+                           waited if role == CONNECT else "null", waited if role == ACCEPT else "null",
+                           srtt >> 3 or "null", retrans, "false" if born else "true", ooo,
+                           min_rtt if min_rtt != 0xffffffff else "null", cwnd, mss, lost,
+                           ',"tx_bytes_seen":%d,"rx_bytes_seen":%d' % (tx_seen, rx_seen) if args.existing else "")
+    lifespan = "%.2f" % ms if born and end != OPEN else "%s%.2f%s" % ("" if born else ">", ms, "+" * (end == OPEN))
+    row = before, lport, between, rport, tx >> 10, rx >> 10, lifespan
     if args.extra:
+        began, how, _ = fate(role, end, err)
         waited = "%.2f" % ((ready - born) / 1e6) if ready and born else "N/A"
-        row += (role, waited if role == "connect" else "N/A", "%.2f" % (srtt / 8e3) if srtt else "N/A", retrans, how,
-                waited if role == "accept" else "N/A", ooo)
+        row += (began, waited if role == CONNECT else "N/A", "%.2f" % (srtt / 8e3) if srtt else "N/A", retrans, how,
+                waited if role == ACCEPT else "N/A", ooo)
     if args.time or args.timestamp:
         row = times(args, died, start, wall) + row
-    return csv_line(row) if args.csv else args.row_format % row
+    return args.row_format % row
 
 
 def unaccepted(fds):
@@ -1596,6 +1599,17 @@ def owner_text(packed):
     name = re.sub(rb"\.service$", b"", path.rpartition(b"/")[2]) or b"/" if path else b"N/A"
     return (pid, escaped(comm), escaped(container[-1][:12] if container else name),
             '"pid":%d,"comm":%s%s,"cgroup":%s' % (pid, text, comm_hex, json_text(path) if path else "null"))
+
+
+# ---- columns ----
+@functools.lru_cache(maxsize=4096)
+def columns(forms, quote, owner, laddr, raddr, netns):
+    """Returns %-formats filled in with what the lines of a process and a peer have in common. quote: for names."""
+    pid, comm, unit, members = owner_text(owner)
+    local, remote = address(laddr, netns), address(raddr, netns)
+    values = {"pid": pid, "comm": quote(comm), "unit": quote(unit), "members": members, "ip": 6 if ":" in remote else 4,
+              "laddr": local, "raddr": remote}
+    return [form % values for form in forms]
 
 
 # ---- times ----

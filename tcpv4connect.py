@@ -159,12 +159,13 @@ static inline void destroyed(struct sock *sk)
 }
 """
 
-NAMES = "PID", "COMM", "SADDR", "DADDR", "DPORT"
+NAMES = {"pid": "PID", "comm": "COMM", "unit": "UNIT", "laddr": "SADDR", "raddr": "DADDR"}
 RESULT_NAMES = "LPORT", "MS", "RESULT", "RETR"          # with -r
-TEXT = "%-6s %-12.12s ", "%-16s %-16s %s\n"
-RESULT_TEXT = "%-6s %-12.12s ", "%-16s %-16s %-5s %-5s %-9s %-12s %s\n"
-UNIT = "%-12.12s "              # between these two, with --unit
-JSON = '{"ts":%.6f,%s,"uid":%d,"ip":4,"saddr":"%s","daddr":"%s","dport":%d,"netns":%d,"inode":%s%s}\n'
+# For columns(), and behind them the formats of a row. The second column is there with --unit.
+TEXT = "%(pid)-6s %(comm)-12.12s ", "%(unit)-12.12s ", "%(laddr)-16s %(raddr)-16s "
+ROW, RESULT_ROW = "%s%s%s\n", "%s%s%-5s %-5s %-9s %-12s %s\n"
+JSON = "%(members)s", "", ',"ip":4,"saddr":"%(laddr)s","daddr":"%(raddr)s","dport":'
+JSON_ROW = '{"ts":%.6f,%s,"uid":%d%s%d,"netns":%d,"inode":%s%s}\n'
 RESULT_JSON = ',"lport":%s,"ms":%.6f,%s,"retrans":%d'
 
 
@@ -194,9 +195,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if (args.failed or args.min_ms) and not args.result:
         parser.error("--failed and --min-ms need -r")
-    args.row_format = time_format(args) + ("%-8s " if args.timestamp else "")
-    args.row_format += ("%-5s " if args.print_uid else "")
-    args.row_format += (UNIT * args.unit).join(RESULT_TEXT if args.result else TEXT)
+    owner, unit, addresses = JSON if args.json else TEXT
+    args.columns = owner, unit * args.unit + addresses
+    args.row_format = time_format(args) + "%-8s " * args.timestamp + "%-5s " * args.print_uid
+    args.row_format += RESULT_ROW if args.result else ROW
     return args
 
 
@@ -227,9 +229,10 @@ def attach(bpf, args):
 
 
 def header(args):
-    names = NAMES[:2] + ("UNIT",) * args.unit + NAMES[2:]
-    names = time_names(args) + (("UID",) if args.print_uid else ()) + names + (RESULT_NAMES if args.result else ())
-    return "" if args.json else args.row_format % names
+    if args.json:
+        return ""
+    names = *["UID"] * args.print_uid, *[form % NAMES for form in args.columns], "DPORT"
+    return args.row_format % (time_names(args) + names + RESULT_NAMES * args.result)
 
 
 @functools.lru_cache(maxsize=256)
@@ -243,15 +246,14 @@ def result_text(outcome, err):
 def line(args, record, start, wall):
     """Returns one line. start: when tracing started, wall: offset of the kernel's clock from Unix time, both in ns."""
     ts, owner, uid, inode, laddr, raddr, lport, rport, netns, decided, outcome, err, retrans, _ = record
-    pid, comm, unit, json_owner = owner_text(owner)
-    saddr, daddr = address(laddr, netns), address(raddr, netns)
+    who, addresses = columns(args.columns, str, owner, laddr, raddr, netns)
     if args.result:
         ms = ((decided or time.monotonic_ns()) - ts) / 1e6
         result, json_result = result_text(outcome, err)
     if args.json:
         more = RESULT_JSON % (lport or "null", ms, json_result, retrans) if args.result else ""
-        return JSON % ((ts + wall) / 1e9, json_owner, uid, saddr, daddr, rport, netns, inode or "null", more)
-    row = pid, comm, *[unit] * args.unit, saddr, daddr, rport
+        return JSON_ROW % ((ts + wall) / 1e9, who, uid, addresses, rport, netns, inode or "null", more)
+    row = who, addresses, rport
     if args.result:
         row += (lport or "N/A", "%.2f" % ms, result, retrans)
     if args.print_uid:
@@ -891,6 +893,17 @@ def owner_text(packed):
     name = re.sub(rb"\.service$", b"", path.rpartition(b"/")[2]) or b"/" if path else b"N/A"
     return (pid, escaped(comm), escaped(container[-1][:12] if container else name),
             '"pid":%d,"comm":%s%s,"cgroup":%s' % (pid, text, comm_hex, json_text(path) if path else "null"))
+
+
+# ---- columns ----
+@functools.lru_cache(maxsize=4096)
+def columns(forms, quote, owner, laddr, raddr, netns):
+    """Returns %-formats filled in with what the lines of a process and a peer have in common. quote: for names."""
+    pid, comm, unit, members = owner_text(owner)
+    local, remote = address(laddr, netns), address(raddr, netns)
+    values = {"pid": pid, "comm": quote(comm), "unit": quote(unit), "members": members, "ip": 6 if ":" in remote else 4,
+              "laddr": local, "raddr": remote}
+    return [form % values for form in forms]
 
 
 # ---- times ----

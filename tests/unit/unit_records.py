@@ -10,7 +10,7 @@ import unittest
 import ctext
 
 # Where a line() calls a member other than the C text does; _: it does not need it.
-OTHER_NAMES = {"tcplife": {"syn": "_", "listed": "_"}, "tcpaccept": {"laddr": "local", "raddr": "remote"}}
+OTHER_NAMES = {"tcplife": {"syn": "_", "listed": "_"}}
 LEAVES = {"owner", "address"}           # structs that stay packed: owner_text() and address() take them so
 
 
