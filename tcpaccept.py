@@ -180,7 +180,7 @@ int tracepoint_accept_second(struct syscall_exit *ctx) { return accept_returned(
 """
 
 NAMES = {"pid": "PID", "comm": "COMM", "unit": "UNIT", "ip": "IP", "laddr": "LADDR", "raddr": "RADDR"}
-# For columns(), and behind them the formats of a row. The second column is there with --unit.
+# Formats for columns(), of which the second is for --unit, and of the row that they stand in.
 TEXT = "%(pid)-6s %(comm)-12.12s ", "%(unit)-12.12s ", "%(ip)-2s %(raddr)-16s ", "%(laddr)-16s "
 JSON = "%(members)s,", "", '"ip":%(ip)d,"laddr":"%(laddr)s","lport":', ',"raddr":"%(raddr)s","rport":'
 JSON_ROW = '{"ts":%.6f,%s%d%s%d,"netns":%d,"inode":%s}\n'

@@ -372,7 +372,7 @@ static inline void destroyed(struct sock *sk)
 
 NAMES = {"pid": "PID", "comm": "COMM", "unit": "UNIT", "ip": "IP", "laddr": "LADDR", "raddr": "RADDR"}
 EXTRA_NAMES = "ROLE", "CONN_MS", "RTT_MS", "RETR", "END", "ACC_MS", "OOO"
-# For columns(), and behind them the formats of a row. The second column is there with --unit.
+# Formats for columns(), of which the second is for --unit, and of the row that they stand in.
 NARROW = "%(pid)-5s %(comm)-10.10s ", "%(unit)-12.12s ", "%(laddr)-15s ", " %(raddr)-15s "
 WIDE = "%(pid)-7s %(comm)-16s ", "%(unit)-12.12s ", "%(ip)-2s %(laddr)-39s ", " %(raddr)-39s "
 ROW, EXTRA = "%s%-5s%s%-5s %5s %5s ", "%-8s %-7s %7s %7s %4s %-11s %7s "

@@ -161,7 +161,7 @@ static inline void destroyed(struct sock *sk)
 
 NAMES = {"pid": "PID", "comm": "COMM", "unit": "UNIT", "laddr": "SADDR", "raddr": "DADDR"}
 RESULT_NAMES = "LPORT", "MS", "RESULT", "RETR"          # with -r
-# For columns(), and behind them the formats of a row. The second column is there with --unit.
+# Formats for columns(), of which the second is for --unit, and of the row that they stand in.
 TEXT = "%(pid)-6s %(comm)-12.12s ", "%(unit)-12.12s ", "%(laddr)-16s %(raddr)-16s "
 ROW, RESULT_ROW = "%s%s%s\n", "%s%s%-5s %-5s %-9s %-12s %s\n"
 JSON = "%(members)s", "", ',"ip":4,"saddr":"%(laddr)s","daddr":"%(raddr)s","dport":'
