@@ -479,35 +479,37 @@ def clock(second, form):
 
 # A connection has many events, and their lines have parts in common.
 @functools.lru_cache(maxsize=4096)
-def owner_columns(owner, event, has_unit):
-    """Returns event and owner, as text and as JSON members."""
+def owner_columns(is_json, has_unit, owner, event):
+    """Returns event and owner as text, or as JSON members."""
     pid, comm, unit, members = owner_text(owner)
     name = EVENT_NAMES[event]
-    return TEXT[0] % (name, pid, comm) + (UNIT % unit if has_unit else ""), '"event":"%s",%s' % (name, members)
+    return '"event":"%s",%s' % (name, members) if is_json else TEXT[0] % (name, pid, comm) + UNIT % unit * has_unit
 
 
 @functools.lru_cache(maxsize=4096)
-def endpoint_columns(laddr, raddr, lport, rport, netns):
-    """Returns both addresses with their ports as text, and as JSON members."""
+def endpoint_columns(is_json, laddr, raddr, lport, rport, netns):
+    """Returns both addresses with their ports as text, or as JSON members."""
     saddr, daddr = address(laddr, netns), address(raddr, netns)
     ip, form = (6, "[%s]:%d") if ":" in daddr else (4, "%s:%d")
-    return ("%-21s %-21s " % (form % (saddr, lport), form % (daddr, rport)),
-            '"ip":%d,"saddr":"%s","sport":%d,"daddr":"%s","dport":%d' % (ip, saddr, lport, daddr, rport))
+    if is_json:
+        return '"ip":%d,"saddr":"%s","sport":%d,"daddr":"%s","dport":%d' % (ip, saddr, lport, daddr, rport)
+    return "%-21s %-21s " % (form % (saddr, lport), form % (daddr, rport))
 
 
 @functools.lru_cache(maxsize=4096)
-def state_columns(event, oldstate, state, detail, sk_err, backlog, max_backlog):
-    """Returns states, error and reason, as text and as JSON members."""
+def state_columns(is_json, event, oldstate, state, detail, sk_err, backlog, max_backlog):
+    """Returns states, error and reason as text, or as JSON members."""
     name, old, new = EVENT_NAMES[event], STATES[oldstate], STATES[state]
     error = errno.errorcode.get(sk_err, str(sk_err)) if sk_err else ""
     ca_state = CA_STATES.get(detail, "") if name == "tcp_retransmit_skb()" else ""
     reason = RESET_REASONS.get(detail, "") if name == "tcp_send_reset()" else ""
     queue = "queue %d/%d" % (backlog, max_backlog) if name == "tcp_retransmit_synack()" else ""
     states = "%s -> %s" % (old, new) if name == "tcp_set_state()" else new or "N/A"
-    members = '"oldstate":%s,"state":%s,"sk_err":%s,"ca_state":%s,"reason":%s,"backlog":%s,"max_backlog":%s' % tuple(
-        json.dumps(value) for value in (*(value or None for value in (old, new, error, ca_state, reason)),
-                                        *((backlog, max_backlog) if queue else (None, None))))
-    return ("%-24s %s" % (states + ("/" + ca_state if ca_state else ""), error or reason or queue)).rstrip(), members
+    if is_json:
+        return '"oldstate":%s,"state":%s,"sk_err":%s,"ca_state":%s,"reason":%s,"backlog":%s,"max_backlog":%s' % tuple(
+            json.dumps(value) for value in (*(value or None for value in (old, new, error, ca_state, reason)),
+                                            *((backlog, max_backlog) if queue else (None, None))))
+    return ("%-24s %s" % (states + ("/" + ca_state if ca_state else ""), error or reason or queue)).rstrip()
 
 
 @functools.lru_cache(maxsize=None)
@@ -544,14 +546,14 @@ def line(args, record, wall):
     (ts, owner, sk_err, laddr, raddr, lport, rport, netns, event, oldstate, state, detail, inode, backlog, max_backlog,
      stack_size, in_state, stack) = record
     ms = int.from_bytes(in_state, sys.byteorder) / 1e6 if args.ms else 0
-    subject, json_subject = owner_columns(owner, event, args.unit)
-    endpoints, json_endpoints = endpoint_columns(laddr, raddr, lport, rport, netns)
-    states, json_states = state_columns(event, oldstate, state, detail, sk_err, backlog, max_backlog)
+    subject = owner_columns(args.json, args.unit, owner, event)
+    endpoints = endpoint_columns(args.json, laddr, raddr, lport, rport, netns)
+    states = state_columns(args.json, event, oldstate, state, detail, sk_err, backlog, max_backlog)
     functions = stack_of(stack[:stack_size]) if stack_size > 0 else None
     if args.json:
         json_stack = ',"stack":' + json.dumps(functions, separators=(",", ":")) if args.kstack else ""
-        return JSON % ((ts + wall) / 1e9, json_subject, json_endpoints, json_states, "%.6f" % ms if ms else "null",
-                       netns, inode or "null", json_stack)
+        return JSON % ((ts + wall) / 1e9, subject, endpoints, states, "%.6f" % ms if ms else "null", netns,
+                       inode or "null", json_stack)
     if args.ms and EVENT_NAMES[event] == "tcp_set_state()":
         states = "%-49s %s" % (states, "%.2f" % ms if ms else "N/A")
     text = subject + endpoints + states + "\n"
