@@ -163,6 +163,8 @@ def fast_retransmission():
         there = name(client)
         lose_one(client, server)
         fast_retransmission.count = retransmitted(client)
+        workload.reset(client)          # no FIN that a slow machine would send again
+        workload.reset(server)
     return {there: [("tcp_retransmit_skb()", None, "ESTABLISHED/Recovery", None)]}
 
 
