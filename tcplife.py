@@ -534,7 +534,7 @@ def line(args, record, start, wall):
                            srtt >> 3 or "null", retrans, "false" if born else "true", ooo,
                            min_rtt if min_rtt != 0xffffffff else "null", cwnd, mss, lost,
                            ',"tx_bytes_seen":%d,"rx_bytes_seen":%d' % (tx_seen, rx_seen) if args.existing else "")
-    lifespan = "%.2f" % ms if born and end != OPEN else "%s%.2f%s" % ("" if born else ">", ms, "+" * (end == OPEN))
+    lifespan = "%s%.2f%s" % ("" if born else ">", ms, "+" if end == OPEN else "")
     row = before, lport, between, rport, tx >> 10, rx >> 10, lifespan
     if args.extra:
         began, how, _ = fate(role, end, err)

@@ -285,7 +285,9 @@ def trace(args):
         attempts = under_way(fds, time.monotonic_ns() - args.min_ms * 1e6) if stop and args.result else []
         records = RECORD.iter_unpack(read())
         if attempts:
-            records = sorted({record[:6]: record for record in (*attempts, *records)}.values())
+            records = [*records]
+            decided = {record[:6] for record in records}
+            records += sorted(record for record in attempts if record[:6] not in decided)
         wall = time.time_ns() - time.monotonic_ns()     # every time, as the clock may have been set
         stop = write("".join([line(args, record, start, wall) for record in records])) or stop
         report()
